@@ -1,0 +1,1 @@
+"""Tensor operations of the serving path; installed as ``vllm_jdlora.kernels``. They know tensors only."""
