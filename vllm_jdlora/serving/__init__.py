@@ -1,0 +1,1 @@
+"""The vLLM side: flags, worker, LoRA manager, kernels' wrapper. Only this package imports vLLM."""

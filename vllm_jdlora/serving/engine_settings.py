@@ -1,0 +1,117 @@
+"""From serving options to vLLM's engine arguments: LoRA sizes, wrapped modules, worker and scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from vllm_jdlora.adapter import read_adapter
+from vllm_jdlora.collection import Collection
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.serving import touchpoints
+from vllm_jdlora.serving.options import (
+    ServingOptions,
+    absolute,
+    buffer_rank,
+    resolve_scaling_slots,
+)
+
+WORKER = "vllm_jdlora.serving.worker.JDWorker"
+SCHEDULER = "vllm_jdlora.serving.scheduler.jd_scheduler"
+
+_REFUSED = {
+    "enable_sleep_mode": "bases and scalings do not survive sleep level 2 yet",
+    "specialize_active_lora": "graphs are keyed by bases, which are always all there",
+    "enable_tower_connector_lora": "compressed adapters change the language model only",
+    "enable_mixed_moe_lora_format": "expert layers cannot be compressed yet",
+    "enable_moe_shared_loras": "expert layers cannot be compressed yet",
+    "default_mm_loras": "adapters by modality are not compressed yet",
+    "max_lora_cls_labels": "classification heads are not compressed",
+}
+
+
+def apply_to_engine_args(engine_args: Any) -> None:
+    """Set what compressed serving needs on vLLM's ``EngineArgs``; applying twice changes nothing more.
+
+    Raises:
+        JDLoRAError: the options do not fit together or the collection does not fit them.
+    """
+    options = ServingOptions.from_additional_config(engine_args.additional_config)
+    if options is None:
+        return
+    touchpoints.check("frontend")
+    _refuse_conflicts(engine_args)
+    first_time = options.plain_slots is None
+    collection = Collection.open(absolute(options.collection), verify=first_time)
+    manifest = collection.manifest
+    _refuse_errors_above_limit(collection, options.max_error)
+    plain_slots = options.plain_slots or engine_args.max_loras
+    rank = buffer_rank(max(manifest.rank, engine_args.max_lora_rank))
+    scaling_bytes = len(manifest.slices) * rank * rank * torch.finfo(torch.float32).bits // 8
+    options = dataclasses.replace(
+        options,
+        collection=absolute(options.collection),
+        revision=manifest.revision,
+        plain_slots=plain_slots,
+        scaling_slots=resolve_scaling_slots(options.scaling_slots, len(manifest.adapters), scaling_bytes),
+    )
+    assert options.scaling_slots is not None
+    engine_args.enable_lora = True
+    engine_args.max_loras = options.scaling_slots + plain_slots
+    engine_args.max_cpu_loras = max(engine_args.max_cpu_loras or 0, engine_args.max_loras)
+    engine_args.max_lora_rank = rank
+    engine_args.lora_target_modules = _target_modules(collection, engine_args.lora_target_modules)
+    engine_args.worker_cls = WORKER
+    engine_args.scheduler_cls = SCHEDULER
+    engine_args.additional_config = options.put_into(engine_args.additional_config)
+
+
+def _refuse_conflicts(engine_args: Any) -> None:
+    for field, reason in _REFUSED.items():
+        if getattr(engine_args, field, None):
+            raise JDLoRAError(
+                f"--{field.replace('_', '-')} cannot be used with --lora-compression jd: {reason}"
+            )
+    if engine_args.pipeline_parallel_size > 1:
+        raise JDLoRAError(
+            "--pipeline-parallel-size above 1 cannot be used with --lora-compression jd yet: use tensor parallelism"
+        )
+    if engine_args.worker_cls not in ("auto", WORKER):
+        raise JDLoRAError(
+            f"--worker-cls {engine_args.worker_cls} cannot be used with --lora-compression jd, which needs its own"
+        )
+    if engine_args.scheduler_cls not in (None, SCHEDULER):
+        raise JDLoRAError(
+            f"--scheduler-cls {engine_args.scheduler_cls} cannot be used with --lora-compression jd, which needs its own"
+        )
+    if engine_args.fully_sharded_loras:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            raise JDLoRAError("--fully-sharded-loras cannot be used with --lora-compression jd on CPU")
+
+
+def _refuse_errors_above_limit(collection: Collection, max_error: float | None) -> None:
+    if max_error is None:
+        return
+    above = [a for a in collection.manifest.adapters if a.relative_error > max_error]
+    if above:
+        worst = max(above, key=lambda a: a.relative_error)
+        raise JDLoRAError(
+            f"{len(above)} adapters of {collection.path} have a relative error above --jd-max-error {max_error:g}, the "
+            f"worst {worst.name} with {worst.relative_error:.3f}, and the collection holds no uncompressed copy of "
+            f"them: build it with `jdlora compress --max-error {max_error:g}`, which keeps such adapters plain"
+        )
+
+
+def _target_modules(collection: Collection, asked: list[str] | None) -> list[str]:
+    """Suffixes of all modules to wrap: the collection's, its plain adapters' and those that the user asked for.
+
+    Every wrapped module costs a call in every step, so nothing else is wrapped, nor are the logits.
+    """
+    names = {s.name for s in collection.manifest.slices}
+    for plain in collection.manifest.plain:
+        names.update(read_adapter(collection.plain_path(plain.name), plain.name).slices)
+    return sorted({name.rpartition(".")[2] for name in names} | set(asked or ()))

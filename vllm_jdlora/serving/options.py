@@ -1,0 +1,117 @@
+"""The serving options, their checks, and how they travel: ``additional_config["jdlora"]`` of vLLM's config.
+
+The flags of ``vllm serve`` and the dictionary of ``LLM(additional_config={"jdlora": {...}})`` carry the same
+settings; both become one :class:`ServingOptions`, checked once, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vllm_jdlora.errors import JDLoRAError
+
+CONFIG_KEY = "jdlora"
+"""Where the options live in vLLM's ``additional_config``."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The widths that vLLM's LoRA buffers can have (``vllm.config.lora.MaxLoRARanks``)."""
+
+SCALING_BYTES = 2 << 30
+"""Device memory that Σ slots take at most when ``--jd-scaling-slots`` is not given."""
+
+PATH_SCHEME = "jd://"
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """What a worker needs to know.
+
+    Attributes:
+        collection: absolute path of the compressed collection.
+        revision: the collection's digest; empty until resolved. A worker that finds another one refuses to start.
+        scaling_slots: Σ resident on the device, at least 1; ``None`` until resolved, then all that fit.
+        plain_slots: slots for uncompressed adapters in one batch; ``None`` until resolved from ``--max-loras``.
+        max_error: an adapter whose relative error is above it must not be served compressed.
+    """
+
+    collection: str
+    revision: str = ""
+    scaling_slots: int | None = None
+    plain_slots: int | None = None
+    max_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.collection, str) or not self.collection:
+            raise JDLoRAError(
+                f"additional_config.{CONFIG_KEY}.collection must be the path of a collection folder"
+            )
+        for name in ("scaling_slots", "plain_slots"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise JDLoRAError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.max_error is not None and not 0 <= float(self.max_error) <= 1:
+            raise JDLoRAError(f"max_error is a relative error between 0 and 1, not {self.max_error!r}")
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> ServingOptions | None:
+        """The options inside vLLM's ``additional_config``, or ``None`` where compression was not asked for."""
+        if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
+            return None
+        values = additional_config[CONFIG_KEY]
+        if not isinstance(values, Mapping):
+            raise JDLoRAError(
+                f"additional_config.{CONFIG_KEY} must be a dictionary, not {type(values).__name__}"
+            )
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise JDLoRAError(
+                f"additional_config.{CONFIG_KEY} does not know {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+            )
+        if "collection" not in values:
+            raise JDLoRAError(
+                f"additional_config.{CONFIG_KEY} needs `collection`, the path of a collection folder"
+            )
+        return cls(**values)
+
+    def put_into(self, additional_config: Any) -> dict[str, Any]:
+        """A copy of ``additional_config`` that carries these options; JSON values only, as vLLM hashes them."""
+        return {**(additional_config or {}), CONFIG_KEY: asdict(self)}
+
+
+def adapter_path(revision: str, name: str) -> str:
+    """The ``lora_path`` of a compressed adapter.
+
+    vLLM keys its prefix cache by name and path, so the path names the collection's content: blocks computed with
+    one revision are never reused for another.
+    """
+    return f"{PATH_SCHEME}{revision}#{name}"
+
+
+def parse_adapter_path(path: str) -> tuple[str, str] | None:
+    """(revision, adapter name) of a compressed adapter's path; ``None`` for the path of a plain adapter."""
+    if not path.startswith(PATH_SCHEME):
+        return None
+    revision, _, name = path[len(PATH_SCHEME) :].partition("#")
+    return revision, name
+
+
+def buffer_rank(rank: int) -> int:
+    """The smallest LoRA buffer width of vLLM that holds ``rank``."""
+    for width in LORA_RANKS:
+        if width >= rank:
+            return width
+    raise JDLoRAError(f"rank {rank} is above {LORA_RANKS[-1]}, the widest LoRA buffer that vLLM has")
+
+
+def resolve_scaling_slots(asked: int | None, adapters: int, bytes_per_adapter: int) -> int:
+    """How many Σ are resident: what was asked for (never more than there are adapters), else all that fit."""
+    if asked is not None:
+        return max(1, min(asked, adapters))
+    return max(1, min(adapters, SCALING_BYTES // max(1, bytes_per_adapter)))
+
+
+def absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

@@ -1,0 +1,52 @@
+"""Build the collection when the server starts, once for each content: adapters → cached collection folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from vllm_jdlora.adapter import read_adapter
+from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.build import compress
+
+logger = logging.getLogger("vllm.jdlora")
+
+_RECIPE = 1
+"""Part of the cache key; raised when the same adapters would be compressed in another way."""
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/vllm-jdlora/collections`` (default ``~/.cache``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-jdlora" / "collections"
+
+
+def build_cached(
+    given: list[tuple[str, str]], *, base_model: str | None, max_error: float | None
+) -> Collection:
+    """The collection of these adapters, from the cache when their content was compressed before.
+
+    Args:
+        given: (name, PEFT folder) of each adapter.
+        base_model: path or name of the served model, for the check that the adapters belong to it.
+        max_error: adapters above this relative error stay plain.
+
+    Raises:
+        JDLoRAError: an adapter cannot be read or compressed; it is named.
+    """
+    adapters = [read_adapter(Path(path), name) for name, path in given]
+    recipe = {
+        "recipe": _RECIPE,
+        "max_error": max_error,
+        "adapters": sorted((a.name, a.sha256) for a in adapters),
+    }
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    target = cache_dir() / key
+    if target.is_dir():
+        logger.info("Compressed collection of %d adapters found in %s", len(adapters), target)
+        return Collection.open(target, verify=True)
+    logger.info("Compressing %d adapters into %s", len(adapters), target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return compress(adapters, target, base_model=base_model, max_error=max_error)

@@ -1,0 +1,318 @@
+"""The register of every vLLM name that this package subclasses, wraps or calls, and the start-up check.
+
+vLLM's LoRA internals are not a public interface. What is relied upon is written down here once, with the reason,
+and compared with the running vLLM before anything is served: a difference is an error that names it, never a
+server that quietly answers with uncompressed or wrong adapters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from vllm_jdlora.errors import JDLoRAError
+
+VERIFIED_VERSIONS = ("0.32", "0.33")
+ALLOW_UNVERIFIED = "JDLORA_ALLOW_UNVERIFIED_VLLM"
+
+
+@dataclass(frozen=True)
+class Touchpoint:
+    """One name of vLLM.
+
+    Attributes:
+        module: import path.
+        name: attribute path inside the module, ``Class.method`` for methods.
+        how: ``subclass``, ``wrap``, ``override``, ``call`` or ``read``.
+        why: what it is used for.
+        parameters: parameters that must exist, in this order among the others; empty for no check.
+        where: ``frontend`` names are checked in every process, ``engine`` names in the engine core, ``worker`` names
+            in the workers, ``cuda`` names in workers on CUDA.
+    """
+
+    module: str
+    name: str
+    how: str
+    why: str
+    parameters: tuple[str, ...] = ()
+    where: str = "worker"
+
+
+_MANAGER = "vllm.lora.model_manager"
+_WORKER_MANAGER = "vllm.lora.worker_manager"
+
+REGISTER: tuple[Touchpoint, ...] = (
+    Touchpoint(
+        "vllm.engine.arg_utils",
+        "EngineArgs.add_cli_args",
+        "wrap",
+        "adds the flags; serve, bench and run-batch all build their parsers with it",
+        ("parser",),
+        "frontend",
+    ),
+    Touchpoint(
+        "vllm.engine.arg_utils",
+        "EngineArgs.from_cli_args",
+        "wrap",
+        "turns the flags into additional_config and lora_modules on the namespace, which spawned API servers inherit",
+        ("args",),
+        "frontend",
+    ),
+    Touchpoint(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        "wrap",
+        "sets LoRA sizes, worker and scheduler; the one place that serve and offline LLM(...) share",
+        ("self",),
+        "frontend",
+    ),
+    Touchpoint(
+        "vllm.entrypoints.openai.models.protocol",
+        "LoRAModulePath",
+        "call",
+        "registers the collection's adapters as vLLM's own static LoRA modules (/v1/models, 404)",
+        ("name", "path"),
+        "frontend",
+    ),
+    Touchpoint(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._handle_blocked_waiting_request",
+        "override",
+        "admits a waiting request only while an adapter slot of its kind is free",
+        ("self", "request"),
+        "engine",
+    ),
+    Touchpoint(
+        "vllm.v1.core.sched.async_scheduler",
+        "AsyncScheduler",
+        "subclass",
+        "the same for async scheduling",
+        (),
+        "engine",
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu_worker",
+        "Worker.init_device",
+        "override",
+        "the model runner exists after it and has not yet loaded the model",
+        ("self",),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu_worker",
+        "Worker.load_model",
+        "override",
+        "proves after loading that our manager is in place",
+        ("self",),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin.load_lora_model",
+        "override",
+        "set on the runner instance: the stock method names its manager class itself",
+        ("self", "model", "vllm_config", "device"),
+    ),
+    Touchpoint(
+        _WORKER_MANAGER,
+        "LRUCacheWorkerLoRAManager.add_adapter",
+        "override",
+        "compressed adapters are looked up, not loaded; membership in O(1)",
+        ("self", "lora_request"),
+    ),
+    Touchpoint(
+        _WORKER_MANAGER,
+        "LRUCacheWorkerLoRAManager._apply_adapters",
+        "override",
+        "the stock method limits the batch to the number of base slots",
+        ("self", "lora_requests"),
+    ),
+    Touchpoint(
+        _WORKER_MANAGER,
+        "WorkerLoRAManager._load_adapter",
+        "call",
+        "plain adapters are loaded as stock loads them",
+        ("self", "lora_request"),
+    ),
+    Touchpoint(
+        _WORKER_MANAGER,
+        "WorkerLoRAManager.add_dummy_lora",
+        "override",
+        "warm-up needs no weights: a dummy is a row of zeros",
+        ("self", "lora_request", "rank"),
+    ),
+    Touchpoint(
+        _WORKER_MANAGER,
+        "LRUCacheWorkerLoRAManager.create_lora_manager",
+        "call",
+        "builds the manager through _manager_cls",
+        ("self", "model", "vllm_config"),
+    ),
+    Touchpoint(
+        _WORKER_MANAGER, "LRUCacheWorkerLoRAManager._manager_cls", "override", "names our manager class"
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LoRAModelManager.__init__",
+        "subclass",
+        "called with a LoRA config whose slots are bases",
+        (
+            "model",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "vocab_size",
+            "lora_config",
+            "device",
+            "vllm_config",
+        ),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LoRAModelManager._init_punica_wrapper",
+        "override",
+        "puts our punica wrapper under the language model",
+        ("self", "max_num_batched_tokens", "vllm_config"),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LoRAModelManager._set_adapter_mapping",
+        "override",
+        "rewrites adapters to their bases and adds the scaling slots",
+        ("self", "mapping"),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LoRAModelManager.set_adapter_mapping",
+        "override",
+        "a changed Σ slot must renew the metadata",
+        ("self", "mapping"),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LRUCacheLoRAModelManager.add_adapter",
+        "call",
+        "registers bases and plain adapters",
+        ("self", "lora"),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LRUCacheLoRAModelManager.activate_adapter",
+        "override",
+        "copies Σ for compressed adapters, stock for plain ones",
+        ("self", "lora_id"),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LRUCacheLoRAModelManager.pin_adapter",
+        "override",
+        "bases are pinned; a pinned Σ is never evicted",
+        ("self", "lora_id"),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LoRAModelManager.remove_adapter",
+        "override",
+        "forgets a compressed adapter",
+        ("self", "adapter_id"),
+    ),
+    Touchpoint(_MANAGER, "LoRAModelManager.list_adapters", "override", "bases are not adapters", ("self",)),
+    Touchpoint(
+        _MANAGER, "LoRAModelManager.get_adapter", "override", "compressed ids", ("self", "adapter_id")
+    ),
+    Touchpoint(_MANAGER, "LoRAModelManager.remove_all_adapters", "override", "keeps the bases", ("self",)),
+    Touchpoint(
+        "vllm.lora.layers.base_linear",
+        "BaseLinearLayerWithLoRA.set_mapping",
+        "call",
+        "gives each layer its own view of Σ",
+        ("self", "punica_wrapper"),
+    ),
+    Touchpoint(
+        "vllm.lora.lora_weights",
+        "LoRALayerWeights.__init__",
+        "call",
+        "a base is handed over as a LoRA",
+        ("self", "module_name", "rank", "lora_alpha", "lora_a", "lora_b"),
+    ),
+    Touchpoint(
+        "vllm.lora.lora_model",
+        "LoRAModel.__init__",
+        "call",
+        "a cluster is handed over as a LoRA",
+        ("self", "lora_model_id", "rank", "loras"),
+    ),
+    Touchpoint(
+        "vllm.lora.utils",
+        "parse_fine_tuned_lora_name",
+        "call",
+        "maps PEFT's module names as vLLM maps them",
+        ("name", "weights_mapper"),
+    ),
+    Touchpoint(
+        "vllm.lora.punica_wrapper.punica_base",
+        "PunicaWrapperBase.update_metadata",
+        "override",
+        "the CPU path plans a step from it",
+        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size"),
+    ),
+    Touchpoint(
+        "vllm.lora.punica_wrapper.punica_gpu",
+        "PunicaWrapperGPU.add_shrink",
+        "call",
+        "vLLM's shrink, grouped by cluster",
+        ("self", "y", "x", "lora_a_stacked", "scale"),
+        "cuda",
+    ),
+    Touchpoint(
+        "vllm.lora.punica_wrapper.punica_gpu",
+        "PunicaWrapperGPU.add_expand",
+        "call",
+        "vLLM's expand, grouped by cluster",
+        ("self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs"),
+        "cuda",
+    ),
+)
+
+
+def check(where: str) -> None:
+    """Compare the running vLLM with the register.
+
+    Args:
+        where: ``frontend``, ``engine``, ``worker`` or ``cuda``; ``cuda`` includes ``worker``.
+
+    Raises:
+        JDLoRAError: with every difference and what to do.
+    """
+    kinds = {"worker", "cuda"} if where == "cuda" else {where}
+    differences = [d for point in REGISTER if point.where in kinds and (d := _difference(point))]
+    version = metadata.version("vllm")
+    if not version.startswith(tuple(f"{v}." for v in VERIFIED_VERSIONS)) and not os.environ.get(
+        ALLOW_UNVERIFIED
+    ):
+        differences.append(f"version {version} has not been verified (set {ALLOW_UNVERIFIED}=1 to try it)")
+    if differences:
+        raise JDLoRAError(
+            f"vllm {version} does not fit this vllm_jdlora, which is verified with {' and '.join(VERIFIED_VERSIONS)}: "
+            + "; ".join(differences)
+            + ". Install a verified vllm, or a newer vllm_jdlora."
+        )
+
+
+def _difference(point: Touchpoint) -> str | None:
+    try:
+        target: Any = importlib.import_module(point.module)
+        for part in point.name.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        return f"{point.module}.{point.name} is missing ({error})"
+    if not point.parameters:
+        return None
+    present = list(inspect.signature(target).parameters)
+    wanted = [p for p in point.parameters if p in present]
+    if list(point.parameters) != wanted or sorted(wanted, key=present.index) != wanted:
+        return (
+            f"{point.module}.{point.name} takes ({', '.join(present)}), not ({', '.join(point.parameters)})"
+        )
+    return None

@@ -1,0 +1,59 @@
+"""The vLLM worker for compressed adapters: the platform's own, with another LoRA manager."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.serving import touchpoints
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+elif current_platform.is_cuda_alike():
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+else:
+    raise JDLoRAError(f"compressed LoRA runs on CPU and CUDA, not on {current_platform.device_name}")
+
+
+class JDWorker(PlatformWorker):
+    """Loads the model with :class:`~vllm_jdlora.serving.worker_manager.JDWorkerLoRAManager` in place of vLLM's."""
+
+    def init_device(self) -> None:
+        touchpoints.check("worker" if current_platform.is_cpu() else "cuda")
+        super().init_device()
+        # On the instance, so that no global of vLLM changes in this process.
+        self.model_runner.load_lora_model = functools.partial(_load_lora_model, self.model_runner)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        from vllm_jdlora.serving.worker_manager import JDWorkerLoRAManager
+
+        result = super().load_model(*args, **kwargs)
+        manager = getattr(self.model_runner, "lora_manager", None)
+        if not isinstance(manager, JDWorkerLoRAManager):
+            raise JDLoRAError(
+                f"the model was loaded with {type(manager).__name__} and not with the manager for compressed "
+                "adapters: another plugin replaced it, or this vLLM loads LoRA in another way"
+            )
+        return result
+
+    def jdlora_statistics(self) -> dict[str, int]:
+        """Counts of this worker; ``LLM.collective_rpc("jdlora_statistics")``."""
+        return self.model_runner.lora_manager._adapter_manager.statistics()
+
+
+def _load_lora_model(
+    runner: Any, model: torch.nn.Module, vllm_config: Any, device: torch.device
+) -> torch.nn.Module:
+    """``LoRAModelRunnerMixin.load_lora_model`` with our manager class."""
+    from vllm.model_executor.models import supports_lora
+
+    from vllm_jdlora.serving.worker_manager import JDWorkerLoRAManager
+
+    if not supports_lora(model):
+        raise JDLoRAError(f"{type(model).__name__} does not support LoRA in vLLM")
+    runner.lora_manager = JDWorkerLoRAManager(vllm_config, device, model.embedding_modules)
+    return runner.lora_manager.create_lora_manager(model, vllm_config)

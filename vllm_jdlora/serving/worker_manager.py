@@ -1,0 +1,61 @@
+"""The worker's side of adapter requests: compressed adapters are looked up, plain ones loaded as vLLM loads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.serving.manager import JDLoRAModelManager
+from vllm_jdlora.serving.options import parse_adapter_path
+
+
+class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
+    """All of a step's work is proportional to the adapters in the batch, never to the adapters that are known."""
+
+    _manager_cls = JDLoRAModelManager
+    _adapter_manager: JDLoRAModelManager
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        # The scheduler bounds how many adapters of each kind a batch holds; vLLM's own check counts base slots.
+        for request in lora_requests:
+            if request:
+                self.add_adapter(request)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        manager = self._adapter_manager
+        lora_id = lora_request.lora_int_id
+        compressed = parse_adapter_path(lora_request.lora_path)
+        if compressed is not None:
+            added = self._bind(lora_id, *compressed)
+            manager.activate_adapter(lora_id)
+            return added
+        if manager.knows(lora_id) and not lora_request.load_inplace:
+            manager.activate_adapter(lora_id)
+            return False
+        return super().add_adapter(lora_request)
+
+    def _bind(self, lora_id: int, revision: str, name: str) -> bool:
+        served = self._adapter_manager.collection.manifest.revision
+        if revision != served:
+            raise JDLoRAError(
+                f"adapter {name!r} is asked for from revision {revision} and this server has {served}: take the "
+                "request from the collection that the server was started with"
+            )
+        return self._adapter_manager.add_compressed(lora_id, name)
+
+    def _load_adapter(self, lora_request: LoRARequest) -> Any:
+        lora = super()._load_adapter(lora_request)
+        if unserved := self._adapter_manager.unwrapped_targets(lora):
+            kinds = sorted({name.rpartition(".")[2] for name in unserved})
+            # vLLM would serve the adapter without these weights.
+            raise JDLoRAError(
+                f"adapter {lora_request.lora_name!r} changes {', '.join(kinds)}, which this server does not adapt: "
+                f"start it with --lora-target-modules that name them as well"
+            )
+        return lora
+
+    def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
+        return self._adapter_manager.add_dummy(lora_request.lora_int_id)
