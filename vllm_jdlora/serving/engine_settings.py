@@ -71,9 +71,7 @@ def apply_to_engine_args(engine_args: Any) -> None:
 def _refuse_conflicts(engine_args: Any) -> None:
     for field, reason in _REFUSED.items():
         if getattr(engine_args, field, None):
-            raise JDLoRAError(
-                f"--{field.replace('_', '-')} cannot be used with --lora-compression jd: {reason}"
-            )
+            raise JDLoRAError(f"--{field.replace('_', '-')} cannot be used with --lora-compression jd: {reason}")
     if engine_args.pipeline_parallel_size > 1:
         raise JDLoRAError(
             "--pipeline-parallel-size above 1 cannot be used with --lora-compression jd yet: use tensor parallelism"

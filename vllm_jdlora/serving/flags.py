@@ -124,9 +124,7 @@ def _build(args: argparse.Namespace, given: list[tuple[str, str]]) -> Any:
         )
     from vllm_jdlora.serving.startup_build import build_cached
 
-    return build_cached(
-        given, base_model=getattr(args, "model_tag", None) or args.model, max_error=args.jd_max_error
-    )
+    return build_cached(given, base_model=getattr(args, "model_tag", None) or args.model, max_error=args.jd_max_error)
 
 
 def _targets_of(plain: list[tuple[str, str]]) -> set[str]:

@@ -95,9 +95,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
-        key = (
-            self.mm_mapping.language_model[0] if self.supports_mm else next(iter(self.punica_wrapper_mapping))
-        )
+        key = self.mm_mapping.language_model[0] if self.supports_mm else next(iter(self.punica_wrapper_mapping))
         if current_platform.is_cpu():
             from vllm_jdlora.serving.punica_cpu import JDPunicaCPU
 
@@ -115,9 +113,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _attach_sigma(self, rank: int, dtype: torch.dtype) -> torch.Tensor:
         """Allocate the Σ buffer and give each wrapped layer its rows of it."""
-        sigma = torch.zeros(
-            self._scaling_slots + 1, self._slices.rows, rank, rank, dtype=dtype, device=self.device
-        )
+        sigma = torch.zeros(self._scaling_slots + 1, self._slices.rows, rank, rank, dtype=dtype, device=self.device)
         sigma[self._identity_slot] = torch.eye(rank, dtype=dtype, device=self.device)
         for name, module in self.modules.items():
             if not isinstance(module, BaseLinearLayerWithLoRA):
@@ -132,9 +128,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _load_bases(self, rank: int) -> None:
         """Each cluster becomes a pinned pseudo-LoRA; vLLM packs, slices and copies it to the device."""
-        bases = {
-            target: self.collection.basis(slice_name) for target, slice_name in self._slices.targets.items()
-        }
+        bases = {target: self.collection.basis(slice_name) for target, slice_name in self._slices.targets.items()}
         for cluster in range(self.collection.manifest.clusters):
             lora_id = FIRST_BASE_ID + cluster
             weights = {

@@ -56,9 +56,7 @@ class ModuleSlices:
             parts = manager.packed_modules.get(name) or [name]
             slices = module.n_slices
             if len(parts) not in (1, slices):
-                raise JDLoRAError(
-                    f"{name} has {slices} slices for {len(parts)} targets; this layout is not served"
-                )
+                raise JDLoRAError(f"{name} has {slices} slices for {len(parts)} targets; this layout is not served")
             for i in range(slices):
                 part = parts[i if len(parts) > 1 else 0]
                 if (index := in_model.get(part)) is None:

@@ -45,9 +45,7 @@ class ServingOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.collection, str) or not self.collection:
-            raise JDLoRAError(
-                f"additional_config.{CONFIG_KEY}.collection must be the path of a collection folder"
-            )
+            raise JDLoRAError(f"additional_config.{CONFIG_KEY}.collection must be the path of a collection folder")
         for name in ("scaling_slots", "plain_slots"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -62,18 +60,14 @@ class ServingOptions:
             return None
         values = additional_config[CONFIG_KEY]
         if not isinstance(values, Mapping):
-            raise JDLoRAError(
-                f"additional_config.{CONFIG_KEY} must be a dictionary, not {type(values).__name__}"
-            )
+            raise JDLoRAError(f"additional_config.{CONFIG_KEY} must be a dictionary, not {type(values).__name__}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise JDLoRAError(
                 f"additional_config.{CONFIG_KEY} does not know {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
             )
         if "collection" not in values:
-            raise JDLoRAError(
-                f"additional_config.{CONFIG_KEY} needs `collection`, the path of a collection folder"
-            )
+            raise JDLoRAError(f"additional_config.{CONFIG_KEY} needs `collection`, the path of a collection folder")
         return cls(**values)
 
     def put_into(self, additional_config: Any) -> dict[str, Any]:

@@ -67,9 +67,7 @@ class JDPunicaCPU(PunicaWrapperBase):
         if groups.empty:
             return
         if x.shape[0] != groups.num_tokens:
-            raise RuntimeError(
-                f"the LoRA plan is for {groups.num_tokens} tokens and the layer got {x.shape[0]}"
-            )
+            raise RuntimeError(f"the LoRA plan is for {groups.num_tokens} tokens and the layer got {x.shape[0]}")
         v = self._fused_v[lora_a_stacked[0].data_ptr()]
         jd_linear_(y, x, [u[:, 0] for u in lora_b_stacked], v, sigma, groups)
 

@@ -41,9 +41,7 @@ class ScalingSlots:
         if not self._free:
             adapter = next((a for a in self._slot_of if a not in self._pinned), None)
             if adapter is None:
-                raise JDLoRAError(
-                    "every scaling slot is pinned: raise --jd-scaling-slots or pin fewer adapters"
-                )
+                raise JDLoRAError("every scaling slot is pinned: raise --jd-scaling-slots or pin fewer adapters")
             self._free.append(self._slot_of.pop(adapter))
         return self._free[-1]
 

@@ -23,9 +23,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-jdlora" / "collections"
 
 
-def build_cached(
-    given: list[tuple[str, str]], *, base_model: str | None, max_error: float | None
-) -> Collection:
+def build_cached(given: list[tuple[str, str]], *, base_model: str | None, max_error: float | None) -> Collection:
     """The collection of these adapters, from the cache when their content was compressed before.
 
     Args:

@@ -150,9 +150,7 @@ REGISTER: tuple[Touchpoint, ...] = (
         "builds the manager through _manager_cls",
         ("self", "model", "vllm_config"),
     ),
-    Touchpoint(
-        _WORKER_MANAGER, "LRUCacheWorkerLoRAManager._manager_cls", "override", "names our manager class"
-    ),
+    Touchpoint(_WORKER_MANAGER, "LRUCacheWorkerLoRAManager._manager_cls", "override", "names our manager class"),
     Touchpoint(
         _MANAGER,
         "LoRAModelManager.__init__",
@@ -218,9 +216,7 @@ REGISTER: tuple[Touchpoint, ...] = (
         ("self", "adapter_id"),
     ),
     Touchpoint(_MANAGER, "LoRAModelManager.list_adapters", "override", "bases are not adapters", ("self",)),
-    Touchpoint(
-        _MANAGER, "LoRAModelManager.get_adapter", "override", "compressed ids", ("self", "adapter_id")
-    ),
+    Touchpoint(_MANAGER, "LoRAModelManager.get_adapter", "override", "compressed ids", ("self", "adapter_id")),
     Touchpoint(_MANAGER, "LoRAModelManager.remove_all_adapters", "override", "keeps the bases", ("self",)),
     Touchpoint(
         "vllm.lora.layers.base_linear",
@@ -288,9 +284,7 @@ def check(where: str) -> None:
     kinds = {"worker", "cuda"} if where == "cuda" else {where}
     differences = [d for point in REGISTER if point.where in kinds and (d := _difference(point))]
     version = metadata.version("vllm")
-    if not version.startswith(tuple(f"{v}." for v in VERIFIED_VERSIONS)) and not os.environ.get(
-        ALLOW_UNVERIFIED
-    ):
+    if not version.startswith(tuple(f"{v}." for v in VERIFIED_VERSIONS)) and not os.environ.get(ALLOW_UNVERIFIED):
         differences.append(f"version {version} has not been verified (set {ALLOW_UNVERIFIED}=1 to try it)")
     if differences:
         raise JDLoRAError(
@@ -312,7 +306,5 @@ def _difference(point: Touchpoint) -> str | None:
     present = list(inspect.signature(target).parameters)
     wanted = [p for p in point.parameters if p in present]
     if list(point.parameters) != wanted or sorted(wanted, key=present.index) != wanted:
-        return (
-            f"{point.module}.{point.name} takes ({', '.join(present)}), not ({', '.join(point.parameters)})"
-        )
+        return f"{point.module}.{point.name} takes ({', '.join(present)}), not ({', '.join(point.parameters)})"
     return None

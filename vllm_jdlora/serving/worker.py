@@ -45,9 +45,7 @@ class JDWorker(PlatformWorker):
         return self.model_runner.lora_manager._adapter_manager.statistics()
 
 
-def _load_lora_model(
-    runner: Any, model: torch.nn.Module, vllm_config: Any, device: torch.device
-) -> torch.nn.Module:
+def _load_lora_model(runner: Any, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> torch.nn.Module:
     """``LoRAModelRunnerMixin.load_lora_model`` with our manager class."""
     from vllm.model_executor.models import supports_lora
 
