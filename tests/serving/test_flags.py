@@ -1,0 +1,155 @@
+"""The flags of `vllm serve`: what they turn into, and which combinations are refused with a reason."""
+
+import pytest
+from vllm_jdlora.collection.build import compress
+
+from tests import tiny_llama
+from vllm_jdlora.adapter import read_adapter
+from vllm_jdlora.collection import Collection
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.serving import startup_build
+from vllm_jdlora.serving.engine_settings import SCHEDULER, WORKER, apply_to_engine_args
+from vllm_jdlora.serving.flags import apply_flags
+from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, adapter_path, buffer_rank, parse_adapter_path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("flags")
+    folders = [tiny_llama.write_adapter(root / "adapters" / f"a{i}", i, targets=["q_proj", "v_proj"]) for i in range(3)]
+    plain = tiny_llama.write_adapter(root / "plain", 9, targets=["o_proj"])
+    model = tiny_llama.write_model(root / "model")
+    collection = compress([read_adapter(f) for f in folders], root / "collection", rank=8, clusters=2, dtype="fp32")
+    return {"root": root, "plain": plain, "model": model, "collection": collection.path, "dir": root / "adapters"}
+
+
+@pytest.fixture(scope="module")
+def parser():
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser())
+
+
+def parse(parser, files, *flags: str):
+    args = parser.parse_args(["--model", str(files["model"]), *flags])
+    apply_flags(args)
+    return args
+
+
+def engine_args(args):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    result = AsyncEngineArgs.from_cli_args(args)
+    apply_to_engine_args(result)
+    return result
+
+
+def test_without_the_flag_nothing_changes(parser, files):
+    args = parse(parser, files)
+    assert args.lora_modules is None and not args.additional_config
+
+
+def test_a_collection_becomes_lora_modules_and_engine_settings(parser, files):
+    args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}")
+    revision = Collection.open(files["collection"]).manifest.revision
+    assert [(m.name, m.path) for m in args.lora_modules] == [
+        (f"a{i}", adapter_path(revision, f"a{i}")) for i in range(3)
+    ]
+    engine = engine_args(args)
+    assert engine.enable_lora and engine.worker_cls == WORKER and engine.scheduler_cls == SCHEDULER
+    assert engine.lora_target_modules == ["q_proj", "v_proj"]
+    assert engine.max_lora_rank == 16 and engine.max_loras == 3 + 1
+    options = ServingOptions.from_additional_config(engine.additional_config)
+    assert (options.revision, options.scaling_slots, options.plain_slots) == (revision, 3, 1)
+
+
+def test_settings_may_be_applied_twice(parser, files):
+    args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}", "--max-loras=3")
+    apply_flags(args)
+    engine = engine_args(args)
+    before = (engine.max_loras, dict(engine.additional_config))
+    apply_to_engine_args(engine)
+    assert (engine.max_loras, engine.additional_config) == before
+
+
+def test_plain_adapters_beside_a_collection_widen_what_is_wrapped(parser, files):
+    args = parse(
+        parser,
+        files,
+        "--lora-compression=jd",
+        f"--lora-collection={files['collection']}",
+        "--lora-modules",
+        f"mine={files['plain']}",
+    )
+    assert [m.name for m in args.lora_modules] == ["a0", "a1", "a2", "mine"]
+    assert engine_args(args).lora_target_modules == ["o_proj", "q_proj", "v_proj"]
+
+
+def test_adapters_without_a_collection_are_compressed_at_start_up_once(parser, files, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ("--lora-compression=jd", f"--lora-dir={files['dir']}")
+    first = parse(parser, files, *flags).additional_config[CONFIG_KEY]["collection"]
+    monkeypatch.setattr(startup_build, "compress", None)  # a second compression would fail
+    again = parse(parser, files, *flags)
+    assert again.additional_config[CONFIG_KEY]["collection"] == first
+    assert [m.name for m in again.lora_modules] == ["a0", "a1", "a2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lora-dir={dir}"], "--lora-dir needs --lora-compression jd"),
+        (["--jd-scaling-slots=4"], "--jd-scaling-slots needs --lora-compression jd"),
+        (["--lora-compression=jd"], "needs adapters"),
+        (["--lora-compression=jd", "--lora-dir={root}/none"], "no such folder"),
+        (["--lora-compression=jd", "--lora-dir={model}"], "adapter_config.json"),
+        (["--lora-compression=jd", "--lora-collection={model}"], "collection"),
+        (["--lora-compression=jd", "--lora-collection={collection}", "--lora-modules", "a1={plain}"], "named 'a1'"),
+        (["--lora-compression=jd", "--lora-collection={collection}", "--pipeline-parallel-size=2"], "tensor parallel"),
+        (["--lora-compression=jd", "--lora-collection={collection}", "--worker-cls=my.Worker"], "my.Worker"),
+        (["--lora-compression=jd", "--lora-collection={collection}", "--scheduler-cls=my.Scheduler"], "my.Scheduler"),
+        (["--lora-compression=jd", "--lora-collection={collection}", "--enable-sleep-mode"], "--enable-sleep-mode"),
+        (["--lora-compression=jd", "--lora-collection={collection}", "--fully-sharded-loras"], "on CPU"),
+        (
+            ["--lora-compression=jd", "--lora-collection={collection}", "--jd-max-error=0"],
+            "jdlora compress --max-error",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(parser, files, flags, told):
+    with pytest.raises(JDLoRAError, match=told):
+        engine_args(parse(parser, files, *(f.format(**files) for f in flags)))
+
+
+@pytest.mark.parametrize("flags", [["--jd-scaling-slots=0"], ["--jd-max-error=1.5"], ["--lora-compression=svd"]])
+def test_values_out_of_range_are_usage_errors(parser, files, flags):
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", str(files["model"]), *flags])
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "needs `collection`"),
+        ({"collection": ""}, "path of a collection"),
+        ({"collection": "x", "slots": 3}, "does not know slots"),
+        ({"collection": "x", "scaling_slots": 0}, "at least 1"),
+        ({"collection": "x", "max_error": 2}, "between 0 and 1"),
+        ("x", "must be a dictionary"),
+    ],
+)
+def test_offline_options_are_checked(values, told):
+    with pytest.raises(JDLoRAError, match=told):
+        ServingOptions.from_additional_config({CONFIG_KEY: values})
+
+
+def test_adapter_paths_go_there_and_back():
+    assert parse_adapter_path(adapter_path("abc", "my#adapter")) == ("abc", "my#adapter")
+    assert parse_adapter_path("/some/folder") is None
+
+
+def test_buffers_are_as_wide_as_vllm_has_them():
+    assert [buffer_rank(r) for r in (1, 7, 16, 17, 48, 200, 512)] == [1, 8, 16, 32, 64, 256, 512]
+    with pytest.raises(JDLoRAError, match="512"):
+        buffer_rank(513)

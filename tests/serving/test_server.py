@@ -1,0 +1,168 @@
+"""The real `vllm serve --lora-compression jd` on a real model with real adapters, against HF with merged weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from tests import reference
+from tests.serving.conftest import COMPRESSED, DEMO, PLAIN, RUNTIME, SERVER_ARGS, adapter_folder
+
+pytestmark = pytest.mark.server
+
+MODELS = [*COMPRESSED, PLAIN, "base"]
+TEXTS = {
+    "fv_antonym": "Write the opposite of the word.\nhot",
+    "ii_active_to_passive": "Rewrite the sentence in the passive voice.\nThe actor helped the judge.",
+    "task363_sst2_polarity_classification": "Is the review positive or negative?\nA warm, funny and wise film.",
+    "task379_agnews_topic_classification": "Which topic is it?\nStocks fell as oil prices rose again on Friday.",
+    "task875_emotion_classification": "Which emotion is it?\ni feel so happy that you came back to me",
+    PLAIN: "How similar are the sentences, from 0 to 5?\nA man is eating. A man eats food.",
+    "base": "What is the capital of France?",
+}
+# fp32 on both sides through thirty layers; the issue's bound, ten times what is usually seen.
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Answer:
+    model: str
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def chat_prompt(tokenizer, text: str) -> str:
+    template = (DEMO / "chat_template.jinja").read_text()
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+
+
+async def ask(client: httpx.AsyncClient, tokenizer, model: str, *, chat: bool, stream: bool) -> Answer:
+    """One greedy request; tokens come back as ids so that nothing hides behind equal text."""
+    body = {"model": model, "temperature": 0, "max_tokens": 12, "stream": stream, "return_tokens_as_token_ids": True}
+    prompt = chat_prompt(tokenizer, TEXTS[model])
+    if chat:
+        body |= {"messages": [{"role": "user", "content": TEXTS[model]}], "logprobs": True, "top_logprobs": 1}
+    else:
+        body |= {"prompt": prompt, "logprobs": 1}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    chunks = []
+    if stream:
+        async with client.stream("POST", path, json=body) as response:
+            assert response.status_code == 200, await response.aread()
+            async for line in response.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    chunks.append(json.loads(line[len("data: ") :]))
+    else:
+        response = await client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        chunks.append(response.json())
+    tokens, logprobs = [], []
+    for chunk in chunks:
+        assert chunk["model"] == model
+        for choice in chunk["choices"]:
+            found = choice.get("logprobs")
+            if not found:
+                continue
+            if chat:
+                tokens += [c["token"] for c in found["content"]]
+                logprobs += [c["logprob"] for c in found["content"]]
+            else:
+                tokens += found["tokens"]
+                logprobs += found["token_logprobs"]
+    ids = [int(t.removeprefix("token_id:")) for t in tokens]
+    return Answer(model, tokenizer(prompt, add_special_tokens=False)["input_ids"], ids, logprobs)
+
+
+def ask_all(url: str, tokenizer, requests: list[dict]) -> list[Answer]:
+    """All requests at once, so that their tokens share batches."""
+
+    async def run() -> list[Answer]:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            return await asyncio.gather(*(ask(client, tokenizer, **r) for r in requests))
+
+    return asyncio.run(run())
+
+
+def deltas_of(model: str, collection) -> dict:
+    if model == "base":
+        return {}
+    if model in COMPRESSED:
+        return reference.compressed_deltas(collection, model)
+    return reference.plain_deltas(adapter_folder(model))
+
+
+def check(answers: list[Answer], reference_model, collection) -> None:
+    for model in {a.model for a in answers}:
+        with reference.merged(reference_model, deltas_of(model, collection)) as merged:
+            for answer in answers:
+                if answer.model == model:
+                    reference.check_greedy(merged, answer.prompt, answer.tokens, answer.logprobs, TOLERANCE)
+
+
+def test_concurrent_requests_of_all_kinds_equal_merged_weights(jd_server, tokenizer, reference_model, collection):
+    requests = [
+        {"model": model, "chat": chat, "stream": stream}
+        for model in MODELS
+        for chat in (True, False)
+        for stream in (True, False)
+    ]
+    answers = ask_all(jd_server.url, tokenizer, requests)
+    check(answers, reference_model, collection)
+    # The adapters matter: on its own prompt no compressed adapter answers as the base does.
+    alone = ask_all(jd_server.url, tokenizer, [{"model": "base", "chat": False, "stream": False}])
+    assert alone[0].tokens == next(a.tokens for a in answers if a.model == "base")
+
+
+def test_the_adapters_change_what_the_base_says(jd_server, tokenizer):
+    for model in COMPRESSED:
+        body = {"prompt": chat_prompt(tokenizer, TEXTS[model]), "temperature": 0, "max_tokens": 8}
+        texts = {
+            name: httpx.post(f"{jd_server.url}/v1/completions", json={**body, "model": name}, timeout=60).json()
+            for name in (model, "base")
+        }
+        assert texts[model]["choices"][0]["text"] != texts["base"]["choices"][0]["text"], model
+
+
+def test_every_adapter_is_listed_and_an_unknown_one_is_404(jd_server):
+    listed = httpx.get(f"{jd_server.url}/v1/models").json()["data"]
+    assert sorted(m["id"] for m in listed) == sorted(MODELS)
+    body = {"model": "no-such-adapter", "prompt": "hi", "max_tokens": 1}
+    assert httpx.post(f"{jd_server.url}/v1/completions", json=body).status_code == 404
+
+
+def test_an_adapter_loaded_at_run_time_is_served_and_forgotten(jd_server, tokenizer, reference_model, collection):
+    url = jd_server.url
+    loaded = httpx.post(
+        f"{url}/v1/load_lora_adapter",
+        json={"lora_name": RUNTIME, "lora_path": str(adapter_folder(RUNTIME))},
+        timeout=60,
+    )
+    assert loaded.status_code == 200, loaded.text
+    TEXTS[RUNTIME] = "Which word comes first in the alphabet?\nriver, stone, apple, cloud, tree"
+    try:
+        requests = [{"model": m, "chat": False, "stream": False} for m in (RUNTIME, PLAIN, COMPRESSED[0], "base")]
+        check(ask_all(url, tokenizer, requests), reference_model, collection)
+    finally:
+        unloaded = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": RUNTIME}, timeout=60)
+    assert unloaded.status_code == 200, unloaded.text
+    body = {"model": RUNTIME, "prompt": "hi", "max_tokens": 1}
+    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 404
+
+
+def test_the_base_answers_as_a_server_without_lora(jd_server, base_model, tokenizer, tmp_path):
+    from vllm_jdlora.demo.server import Server
+
+    requests = [{"model": "base", "chat": chat, "stream": False} for chat in (True, False)]
+    crowd = [{"model": m, "chat": False, "stream": False} for m in COMPRESSED]
+    ours = ask_all(jd_server.url, tokenizer, requests + crowd)[: len(requests)]
+    with Server([str(base_model), *SERVER_ARGS], log_path=tmp_path / "base.log") as server:
+        stock = ask_all(server.url, tokenizer, requests)
+    for one, other in zip(ours, stock, strict=True):
+        assert one.tokens == other.tokens
+        assert max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)) <= TOLERANCE
