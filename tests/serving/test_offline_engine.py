@@ -1,6 +1,6 @@
 """Offline `LLM(...)` with compressed adapters, in one process and under tensor parallelism, against HF transformers.
 
-Each engine runs in a process of its own (`python -m tests.serving.offline_engine`): vLLM cannot be started twice in one.
+Each engine runs in a process of its own (`python -m tests.serving.offline_engine`): one process takes one vLLM.
 """
 
 import json

@@ -82,7 +82,8 @@ def _refuse_conflicts(engine_args: Any) -> None:
         )
     if engine_args.scheduler_cls not in (None, SCHEDULER):
         raise JDLoRAError(
-            f"--scheduler-cls {engine_args.scheduler_cls} cannot be used with --lora-compression jd, which needs its own"
+            f"--scheduler-cls {engine_args.scheduler_cls} cannot be used with --lora-compression jd, "
+            "which needs its own"
         )
     if engine_args.fully_sharded_loras:
         from vllm.platforms import current_platform

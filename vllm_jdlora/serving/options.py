@@ -64,7 +64,8 @@ class ServingOptions:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise JDLoRAError(
-                f"additional_config.{CONFIG_KEY} does not know {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+                f"additional_config.{CONFIG_KEY} does not know {', '.join(unknown)}; "
+                f"it takes {', '.join(sorted(known))}"
             )
         if "collection" not in values:
             raise JDLoRAError(f"additional_config.{CONFIG_KEY} needs `collection`, the path of a collection folder")
