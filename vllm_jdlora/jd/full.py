@@ -1,4 +1,4 @@
-"""JD-Full of one slice: U, V shared by the adapters, a full Σ_i for each (paper Appendix A; = Tucker-2, HOOI)."""
+"""JD-Full of one slice: U, V shared by the adapters, a full Σ_i for each (paper Appendix A; Tucker-2, HOOI)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.problem import SliceProblem
 
-# A direction with less than this share of the strongest direction's energy is rounding: it becomes zero padding.
+# A direction with less than this share of the strongest direction's energy is rounding: zero padding.
 _NO_ENERGY = 1e-13
-# The sweep stops after two sweeps in a row that lower the remaining error by less than this share of it. The floor
-# stands for errors so small that their share is rounding.
+# The iteration stops after two sweeps in a row that lower the remaining error by less than this share of it.
+# The floor stands for errors so small that their share is rounding.
 _SMALL_GAIN = 1e-5
 _ERROR_FLOOR = 1e-6
 # Up to this size a dense eigensolver of the Gram matrix is as fast as the range finder, and exact.
@@ -25,8 +25,9 @@ _RANGE_STEPS = 4
 class FullFit:
     """Bases and scalings of one slice for one set of adapters.
 
-    u [d_out, R] and v [R, d_in] have orthonormal columns/rows up to their effective ranks and zeros beyond; the gauge
-    makes Σ_i w_i Σ_iΣ_iᵀ and Σ_i w_i Σ_iᵀΣ_i diagonal and descending, so leading blocks are good lower-rank fits.
+    u [d_out, R] and v [R, d_in] have orthonormal columns/rows up to their effective ranks and zeros beyond. The
+    gauge makes Σ_i w_i Σ_iΣ_iᵀ and Σ_i w_i Σ_iᵀΣ_i diagonal and descending: leading blocks are good fits of
+    lower rank.
     """
 
     u: Tensor
@@ -40,11 +41,11 @@ class FullFit:
 def fit_full(
     problem: SliceProblem, rank: int, *, start: tuple[Tensor, Tensor] | None = None, max_sweeps: int = 20
 ) -> FullFit:
-    """Maximise Σ_i w_i‖Uᵀ ΔW_i V‖² over orthonormal U, V: HOSVD start, then Gauss–Seidel orthogonal iteration.
+    """Maximise Σ_i w_i‖Uᵀ ΔW_i V‖² over orthonormal U, V: HOSVD start, Gauss–Seidel orthogonal iteration.
 
-    `start` = (u [d_out, R], v [R, d_in]) of an earlier fit competes with the HOSVD start: the better one after a
-    sweep goes on, so the result captures no less than `start` does. Results have the problem's dtype (fp64 where the
-    core reduction applies) and device. Raises JDLoRAError for rank < 1.
+    `start` = (u [d_out, R], v [R, d_in]) of an earlier fit competes with the HOSVD start: the better one after
+    a sweep goes on, so the result captures no less than `start` does. Results have the problem's dtype (fp64
+    where the core reduction applies) and device. Raises JDLoRAError for rank < 1.
     """
     if rank < 1:
         raise JDLoRAError(f"rank {rank}: give a rank of at least 1")
@@ -130,7 +131,7 @@ def _hosvd(core: SliceProblem, rank: int, q_out: Tensor | None, q_in: Tensor | N
             matrix = gram(torch.eye(size, dtype=stack.dtype, device=stack.device)).double()
             basis = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)
         else:
-            # The test block is drawn in the slice's own space, so the result does not depend on the adapters' order.
+            # Drawn in the slice's own space, so that the result does not depend on the adapters' order.
             draw = torch.Generator().manual_seed(0)
             space = size if q is None else q.shape[0]
             basis = _into(q, torch.randn(space, width, generator=draw).to(stack.device), core)
@@ -143,10 +144,8 @@ def _hosvd(core: SliceProblem, rank: int, q_out: Tensor | None, q_in: Tensor | N
     return bases[0], bases[1]
 
 
-def _in_gauge(
-    core: SliceProblem, state: _State, rank: int, q_out: Tensor | None, q_in: Tensor | None
-) -> FullFit:
-    """Rotate to the all-orthogonal gauge, largest entry of each direction positive; pad to `rank` with zeros."""
+def _in_gauge(core: SliceProblem, state: _State, rank: int, q_out: Tensor | None, q_in: Tensor | None) -> FullFit:
+    """Rotate to the all-orthogonal gauge, largest entry of each direction positive; pad with zeros."""
     sigma = core.sigmas(state.z, state.t).double()
     weighted = sigma * core.weights.sqrt()[:, None, None]
     columns, energies = [], []

@@ -107,9 +107,7 @@ class SliceProblem:
                 )
             norm_b, norm_a = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (f.b, f.a))
             if not math.isfinite(norm_b * norm_a):
-                raise JDLoRAError(
-                    f"slice {name}: adapter {index} has values that are not finite; leave it out"
-                )
+                raise JDLoRAError(f"slice {name}: adapter {index} has values that are not finite; leave it out")
             if norm_b == 0 or norm_a == 0:
                 continue
             exponent_b, exponent_a = math.frexp(norm_b)[1], math.frexp(norm_a)[1]
@@ -197,9 +195,7 @@ class SliceProblem:
 
     def sigmas(self, z: Tensor, t: Tensor) -> Tensor:
         """Uᵀ ΔW_i V of the stacked (unscaled) adapters: [m, r_u, r_v]."""
-        parts = [
-            z[at].unflatten(0, (-1, rho)).mT @ t[at].unflatten(0, (-1, rho)) for at, rho in self._batches
-        ]
+        parts = [z[at].unflatten(0, (-1, rho)).mT @ t[at].unflatten(0, (-1, rho)) for at, rho in self._batches]
         return torch.cat([z.new_zeros(0, z.shape[1], t.shape[1]), *parts])
 
     def energies(self, z: Tensor, t: Tensor) -> Tensor:

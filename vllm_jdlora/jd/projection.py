@@ -40,9 +40,7 @@ def captured_by_cluster(problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
     step = max(1, _COLUMNS // rank)
     u, v = u.to(problem.a.dtype), v.to(problem.a.dtype)
     parts = [
-        problem.energies_by_block(
-            *problem.times(_columns(u[k : k + step]), _columns(v[k : k + step].mT)), rank
-        )
+        problem.energies_by_block(*problem.times(_columns(u[k : k + step]), _columns(v[k : k + step].mT)), rank)
         for k in range(0, clusters, step)
     ]
     return torch.cat(parts, 1)
