@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import types
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 ARCHITECTURES = (80, 89, 90, 100, 120)  # A100, L4/L40S, H100/H200, B200, RTX 50
 COMPILED_RANKS = (16, 32, 64, 128)
@@ -106,26 +107,21 @@ def compile_all() -> Iterator[Compiled]:
                 yield compile_for(kernel, signature, constants, architecture, num_warps=launch.num_warps, num_stages=1)
 
 
-def expose_triton_to_vllm() -> None:
-    """Let vLLM's LoRA kernels bind the real Triton although vLLM found no GPU driver and disabled it.
+def import_vllm_lora_kernels() -> None:
+    """Import vLLM's LoRA kernels with the real Triton, although vLLM found no GPU driver and disabled it.
 
-    Call before anything imports ``vllm.lora``; only for the interpreter, never in a server.
+    Only for the interpreter, never in a server. The rest of vLLM keeps believing that there is no Triton.
     """
     import triton
     import triton.language as tl
+    import vllm.lora.layers  # first and unpatched, so that only what follows sees Triton
+    import vllm.triton_utils
 
-    if "vllm.triton_utils" in sys.modules:
-        raise RuntimeError("vllm.triton_utils is already imported: too late to expose Triton")
-    package = types.ModuleType("vllm.triton_utils")
-    package.__path__ = []
-    package.triton, package.tl, package.HAS_TRITON = triton, tl, True
-    allocation = types.ModuleType("vllm.triton_utils.allocation")
-    allocation.set_triton_allocator = lambda *args, **kwargs: None
-    importing = types.ModuleType("vllm.triton_utils.importing")
-    importing.HAS_TRITON = True
-    importing.TritonPlaceholder = importing.TritonLanguagePlaceholder = object
-    for module in (package, allocation, importing):
-        sys.modules[module.__name__] = module
+    module = "vllm.lora.punica_wrapper.punica_gpu"
+    if module in sys.modules:
+        raise RuntimeError(f"{module} is already imported without Triton")
+    with mock.patch.multiple(vllm.triton_utils, triton=triton, tl=tl, HAS_TRITON=True):
+        importlib.import_module(module)
 
 
 def main() -> int:
@@ -142,7 +138,7 @@ def main() -> int:
         os.environ.pop("TRITON_INTERPRET", None)
         if not args.native:
             os.environ["TRITON_INTERPRET"] = "1"
-        return int(pytest.main([args.file, "-q", "-p", "no:cacheprovider"]))
+        return int(pytest.main([args.file, "-q", "-p", "no:cacheprovider", "-p", "no:logging"]))
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
