@@ -1,4 +1,4 @@
-"""Where the clusters start: features of the adapters from a few slices, and two ways to group them by seed."""
+"""Where the clusters start: how much adapters share, from a few slices, and two ways to group them by seed."""
 
 from __future__ import annotations
 
@@ -13,63 +13,60 @@ from vllm_jdlora.jd.problem import SliceProblem
 # Side of the random sketch GᵀΔW H of an adapter; inner products of sketches estimate those of ΔW.
 _SKETCH = 64
 _ITERATIONS = 50
-# Draws of each start: local optima are worth more tries where a try is cheap.
+# Groupings are cheap and only the tightest of several is returned; each returned one costs a fit on the probes,
+# so several are returned only where fits are cheap too.
+_TRIES = 8
 _DRAWS, _FEW = 2, 128
-# Up to so many adapters the similarity of all pairs is held in memory (1.6 GB) for the balanced start.
+# Up to so many adapters the similarities of all pairs fit in memory (1.6 GB).
 _PAIRWISE = 20_000
 
 
 def candidate_starts(probes: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int) -> list[Tensor]:
-    """Labels [n] int64 of several starts: k-means and a balanced partition, on each kind of feature.
+    """Labels [n] int64 of several starts: related groups and balanced groups, by each kind of similarity.
 
-    k-means finds unequal groups where adapters are clearly related. Adapters that share little are the common
-    case, and there balance decides: a basis of rank R serves an extra adapter worse the more it already holds
-    (32 real adapters, R 16, K 8: 6.4 % of the energy lost from balanced starts, 7.4 to 11.7 % from k-means).
+    Related groups are right where adapters clearly come in families. Adapters that share little are the common case,
+    and there balance decides: a basis of rank R serves one more adapter worse the more it already holds (32 real
+    adapters, R 16, K 8: 6.4 % of the energy lost from balanced starts, 7.4 to 11.7 % from k-means on Σ).
     """
+    if n > _PAIRWISE:
+        return [_even_labels(n, clusters, torch.Generator().manual_seed(seed))]
     starts = []
-    for features in _feature_sets(probes, n, rank):
+    for similarity in _similarities(probes, n, rank):
         for number in range(_DRAWS if n <= _FEW else 1):
             draw = torch.Generator().manual_seed(seed + number)
-            starts.append(kmeans(features, clusters, draw))
-            if n <= _PAIRWISE:
-                starts.append(balanced_partition(features @ features.T, clusters, draw))
+            starts.append(related_groups(similarity, clusters, draw))
+            starts.append(balanced_groups(similarity, clusters, draw))
     return starts
 
 
-def kmeans(features: Tensor, clusters: int, draw: torch.Generator) -> Tensor:
-    """Labels [n] int64 of features [n, D] by k-means++ and Lloyd's iteration; clusters may come out empty."""
-    n = len(features)
-    first = int(torch.randint(n, (1,), generator=draw))
-    centres = features[first : first + 1]
-    nearest = torch.full((n,), float("inf"), dtype=features.dtype)
-    for _ in range(clusters - 1):
-        nearest = torch.minimum(nearest, (features - centres[-1]).square().sum(1))
-        odds = nearest.double()
-        odds = odds if float(odds.sum()) > 0 else torch.ones_like(odds)
-        chosen = int(torch.multinomial(odds, 1, generator=draw))
-        centres = torch.cat([centres, features[chosen : chosen + 1]])
-    labels = torch.full((n,), -1)
-    for _ in range(_ITERATIONS):
-        new = (centres.square().sum(1) - 2 * features @ centres.T).argmin(1)
-        if torch.equal(new, labels):
-            break
-        labels = new
-        one_hot = torch.nn.functional.one_hot(labels, clusters).to(features.dtype)
-        sizes = one_hot.sum(0)[:, None]
-        centres = torch.where(sizes > 0, one_hot.T @ features / sizes.clamp_min(1), centres)
-    return labels
+def related_groups(similarity: Tensor, clusters: int, draw: torch.Generator) -> Tensor:
+    """Labels [n] int64: k-means on similarities [n, n] (unit diagonal), the tightest of a few draws.
+
+    Each adapter joins the group whose *other* members resemble it most on average: a mean that counts the adapter
+    itself pins it to where it is when everything else is nearly orthogonal. Groups may come out empty.
+    """
+    others = similarity.clone().fill_diagonal_(0)
+    tries = []
+    for _ in range(_TRIES):
+        labels = similarity[:, _distinct(similarity, clusters, draw)].argmax(1)
+        for _ in range(_ITERATIONS):
+            tightness, new = _mean_to_groups(others, labels, clusters).max(1)
+            if torch.equal(new, labels):
+                break
+            labels = new
+        tries.append((float(tightness.double().sum()), labels))
+    return max(tries, key=lambda tried: tried[0])[1]
 
 
-def balanced_partition(similarity: Tensor, clusters: int, draw: torch.Generator) -> Tensor:
+def balanced_groups(similarity: Tensor, clusters: int, draw: torch.Generator) -> Tensor:
     """Labels [n] int64 of `clusters` groups of equal size (±1) with much similarity [n, n] inside the groups.
 
-    From a random balanced partition, each adapter in turn makes the best swap with another, until none gains.
+    From a random even partition, each adapter in turn makes the best swap with another, until none gains.
     """
     n = len(similarity)
     similarity = similarity.clone().fill_diagonal_(0)
-    labels = torch.empty(n, dtype=torch.int64)
-    labels[torch.randperm(n, generator=draw)] = torch.arange(n) % clusters
-    to_group = similarity @ torch.nn.functional.one_hot(labels, clusters).to(similarity.dtype)  # [n, K]
+    labels = _even_labels(n, clusters, draw)
+    to_group = similarity @ _one_hot(labels, clusters, similarity)  # [n, K]
     own = to_group.gather(1, labels[:, None])[:, 0]
     least = 1e-6 * float(similarity.abs().max())  # less is rounding of the running sums
     for _ in range(_ITERATIONS):
@@ -93,20 +90,27 @@ def balanced_partition(similarity: Tensor, clusters: int, draw: torch.Generator)
     return labels
 
 
-def _feature_sets(probes: Sequence[SliceProblem], n: int, rank: int) -> list[Tensor]:
-    """Kinds of features [n, D] fp32 with unit rows (zero rows for adapters that the probes do not hold).
+def _similarities(probes: Sequence[SliceProblem], n: int, rank: int) -> list[Tensor]:
+    """Two kinds of similarity [n, n] fp32 with unit diagonal (zero for adapters that the probes do not hold).
 
-    The paper's Σ_i of a single-cluster fit, which sees only the common subspace, and a sketch of ΔW_i itself.
-    Unit rows, because adapters of large norm otherwise become clusters of their own.
+    The paper's: cosine of the Σ_i of a single-cluster fit, all slices concatenated; it sees only the common subspace.
+    And squared cosines of ΔW_i, averaged over slices: adapters in one subspace with opposite or mixed signs share
+    bases just as well. Both have adapters of unit norm, else those of large norm become clusters of their own.
     """
-    fitted, sketched = [], []
+    fitted, squared_cosine = torch.zeros(n, n), torch.zeros(n, n)
     for probe in probes:
-        fitted.append(_rows(probe, fit_full(probe, rank, max_sweeps=2).sigma, n))
+        sigma = _rows(probe, fit_full(probe, rank, max_sweeps=2).sigma, n)
+        fitted += sigma @ sigma.T
         draw = torch.Generator().manual_seed(0)
         left, right = (torch.randn(stack.shape[1], _SKETCH, generator=draw).to(stack) for stack in (probe.bt, probe.a))
-        sketch = probe.sigmas(*probe.times(left, right)) * probe.scale[:, None, None]
-        sketched.append(_rows(probe, sketch, n))
-    return [torch.nn.functional.normalize(torch.cat(p, 1), dim=1, eps=1e-30) for p in (fitted, sketched)]
+        sketch = _rows(probe, probe.sigmas(*probe.times(left, right)) * probe.scale[:, None, None], n)
+        sketch = torch.nn.functional.normalize(sketch, dim=1, eps=1e-30)
+        squared_cosine += (sketch @ sketch.T).square()
+    kinds = []
+    for similarity in (fitted, squared_cosine):
+        length = similarity.diagonal().sqrt().clamp_min(1e-15)
+        kinds.append(similarity / length[:, None] / length)
+    return kinds
 
 
 def _rows(probe: SliceProblem, values: Tensor, n: int) -> Tensor:
@@ -115,3 +119,32 @@ def _rows(probe: SliceProblem, values: Tensor, n: int) -> Tensor:
     out = torch.zeros(n, unit.shape[1])
     out[probe.members.cpu()] = unit.float().cpu()
     return out
+
+
+def _distinct(similarity: Tensor, clusters: int, draw: torch.Generator) -> list[int]:
+    """k-means++: K adapters, each next one drawn by its squared distance from those before."""
+    n = len(similarity)
+    chosen = [int(torch.randint(n, (1,), generator=draw))]
+    nearest = torch.full((n,), float("inf"), dtype=torch.float64)
+    for _ in range(clusters - 1):
+        nearest = torch.minimum(nearest, (1 - similarity[chosen[-1]].double()).clamp_min(0))
+        nearest[chosen] = 0
+        odds = nearest if float(nearest.sum()) > 0 else torch.ones_like(nearest)
+        chosen.append(int(torch.multinomial(odds, 1, generator=draw)))
+    return chosen
+
+
+def _mean_to_groups(others: Tensor, labels: Tensor, clusters: int) -> Tensor:
+    """[n, K] mean similarity of each adapter to the members of each group other than itself (0 if there are none)."""
+    one_hot = _one_hot(labels, clusters, others)
+    return (others @ one_hot) / (one_hot.sum(0) - one_hot).clamp_min(1)
+
+
+def _one_hot(labels: Tensor, clusters: int, like: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(labels, clusters).to(like.dtype)
+
+
+def _even_labels(n: int, clusters: int, draw: torch.Generator) -> Tensor:
+    labels = torch.empty(n, dtype=torch.int64)
+    labels[torch.randperm(n, generator=draw)] = torch.arange(n) % clusters
+    return labels
