@@ -81,7 +81,10 @@ def short_interpreted_shrink():
 def serve(name: str, dtype: torch.dtype = torch.float16, rank: int = RANK, fully_sharded: bool = False):
     """One wrapped layer with its bases, the wrapper, and Σ as a view into a buffer of more module slices."""
     g = torch.Generator().manual_seed(7)
-    rand = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
     build, packed = LAYERS[name]
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -222,15 +225,18 @@ def test_a_plain_adapter_gets_what_vllm_alone_would_give():
 
 
 def test_dual_stream_layers_get_the_adapters_part_alone():
+    """With add_inputs=False rows are overwritten, and those of the base model left alone."""
     served = serve("gate_up_proj")
     x = served.x[: len(CHANGED)]
     set_step(served.wrapper, CHANGED)
     layer = served.layer
-    alone = torch.zeros_like(base_output(served, x))
+    alone = torch.full_like(base_output(served, x), 7)
+    overwritten = torch.zeros_like(alone)
+    overwritten[CHANGED.index(BASE_MODEL)] = 7
     layer.punica_wrapper.add_lora_linear(
         alone, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices, add_inputs=False
     )
-    assert_equals_reference(served, alone, torch.zeros_like(alone), x, CHANGED, 2.0**-11)
+    assert_equals_reference(served, alone, overwritten, x, CHANGED, 2.0**-11)
 
 
 def test_a_compiled_layer_follows_the_step_without_recompiling():
