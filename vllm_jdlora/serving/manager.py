@@ -25,7 +25,6 @@ from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.module_slices import ModuleSlices
 from vllm_jdlora.serving.options import ServingOptions
-from vllm_jdlora.serving.punica import JDLayerPunica
 from vllm_jdlora.serving.scaling_slots import ScalingSlots
 
 logger = logging.getLogger("vllm.jdlora")
@@ -121,9 +120,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
                     f"{name} ({type(module).__name__}) is not a linear LoRA layer: leave it out of "
                     "--lora-target-modules; adapters that target it are not served with compression"
                 )
-            if current_platform.is_cpu():
-                self._punica.fuse_shrink(module)
-            module.set_mapping(JDLayerPunica(self._punica, sigma[:, self._slices.rows_of(name)]))
+            module.set_mapping(self._punica.for_layer(module, sigma[:, self._slices.rows_of(name)]))
         return sigma
 
     def _load_bases(self, rank: int) -> None:

@@ -15,14 +15,16 @@ _NO_TOKENS = np.empty(0, dtype=np.int64)
 
 
 class JDPunicaCPU(PunicaWrapperBase):
-    """vLLM's CPU wrapper gathers a whole LoRA matrix for each token, and on 0.32 takes the base model's −1 for the
-    last slot; nothing of it is used here."""
+    """What a step's layers share: the plan of who is in the batch.
+
+    vLLM's own CPU wrapper gathers a whole LoRA matrix for each token, and on 0.32 takes the base model's −1 for the
+    last slot; nothing of it is used here.
+    """
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str):
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._token_base = _NO_TOKENS
         self.groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
-        self._fused_v: dict[int, torch.Tensor] = {}
 
     def update_metadata(
         self,
@@ -39,58 +41,66 @@ class JDPunicaCPU(PunicaWrapperBase):
     def update_scaling_slots(self, token_slots: np.ndarray) -> None:
         self.groups = TokenGroups.plan(self._token_base, token_slots)
 
-    def fuse_shrink(self, layer: Any) -> None:
-        """Lay the V of a layer's slices in one tensor, so that shrink is one product for all slices.
+    def for_layer(self, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
+        """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
+        return LayerPunicaCPU(self, layer, sigma)
 
-        vLLM goes on writing through ``layer.lora_a_stacked``, which become views of it.
-        """
-        stacked = layer.lora_a_stacked
-        bases, _, rank, d_in = stacked[0].shape
-        fused = stacked[0].new_zeros(bases, len(stacked) * rank, d_in)
-        views = tuple(fused[:, None, i * rank : (i + 1) * rank] for i in range(len(stacked)))
-        for view, old in zip(views, stacked, strict=True):
-            view.copy_(old)
-        layer.lora_a_stacked = views
-        self._fused_v[fused.data_ptr()] = fused
+    def _unreachable(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("this LoRA layer should have been refused at start-up: only linear layers are served on CPU")
 
-    def jd_linear(
+    add_shrink = add_expand = add_lora_linear = _unreachable
+    add_lora_embedding = add_lora_logits = apply_lora_full_linear = _unreachable
+
+
+class LayerPunicaCPU:
+    """The wrapper that one layer sees; it owns the layer's V, laid out so that shrink is one product for all slices.
+
+    The layer reaches the kernel through an operator that torch.compile does not look into, so that vLLM can compile
+    the model around it.
+    """
+
+    def __init__(self, shared: JDPunicaCPU, layer: Any, sigma: torch.Tensor):
+        self._shared = shared
+        self._sigma = sigma
+        self._v = _fuse_slices(layer)
+        self._u = [u[:, 0] for u in layer.lora_b_stacked]
+        self._handle = len(_LAYERS)
+        _LAYERS.append(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+    def add_lora_linear(
         self,
         y: torch.Tensor,
         x: torch.Tensor,
         lora_a_stacked: tuple[torch.Tensor, ...],
         lora_b_stacked: tuple[torch.Tensor, ...],
-        sigma: torch.Tensor,
+        scale: float,
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        groups = self.groups
+        """``y += U Σ V x``; ``scale`` is 1 in every caller, adapters' scalings are folded into Σ."""
+        torch.ops.vllm_jdlora.linear_cpu_(y, x, self._handle)
+
+    def run(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        groups = self._shared.groups
         if groups.empty:
             return
         if x.shape[0] != groups.num_tokens:
             raise RuntimeError(f"the LoRA plan is for {groups.num_tokens} tokens and the layer got {x.shape[0]}")
-        v = self._fused_v[lora_a_stacked[0].data_ptr()]
-        jd_linear_(y, x, [u[:, 0] for u in lora_b_stacked], v, sigma, groups)
+        jd_linear_(y, x, self._u, self._v, self._sigma, groups)
 
-    def jd_expand(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("fully sharded LoRA layers are refused on CPU at start-up")
 
-    def add_shrink(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("fully sharded LoRA layers are refused on CPU at start-up")
-
-    def add_expand(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("layers reach the CPU kernel through add_lora_linear")
-
-    def add_lora_linear(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("layers reach the CPU kernel through JDLayerPunica")
-
-    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("embeddings are refused as LoRA targets at start-up")
-
-    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("lm_head is refused as LoRA target at start-up")
-
-    def apply_lora_full_linear(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("classification heads are refused at start-up")
+def _fuse_slices(layer: Any) -> torch.Tensor:
+    """V of all slices in one tensor [bases, slices · R, d_in]; vLLM goes on writing through views of it."""
+    stacked = layer.lora_a_stacked
+    bases, _, rank, d_in = stacked[0].shape
+    fused = stacked[0].new_zeros(bases, len(stacked) * rank, d_in)
+    layer.lora_a_stacked = tuple(fused[:, None, i * rank : (i + 1) * rank] for i in range(len(stacked)))
+    for view, old in zip(layer.lora_a_stacked, stacked, strict=True):
+        view.copy_(old)
+    return fused
 
 
 def _slots_of(lora_ids: np.ndarray, lora_index_to_id: list[int | None]) -> np.ndarray:
@@ -98,3 +108,20 @@ def _slots_of(lora_ids: np.ndarray, lora_index_to_id: list[int | None]) -> np.nd
     unique, inverse = np.unique(lora_ids, return_inverse=True)
     index_of = {lora_id: index for index, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
     return np.array([index_of[int(i)] if i > 0 else -1 for i in unique], dtype=np.int64)[inverse]
+
+
+# The layers of this process by handle: an operator takes tensors and numbers only.
+_LAYERS: list[LayerPunicaCPU] = []
+
+_library = torch.library.Library("vllm_jdlora", "FRAGMENT")
+_library.define("linear_cpu_(Tensor(a!) y, Tensor x, int layer) -> ()")
+
+
+@torch.library.impl(_library, "linear_cpu_", "CPU")
+def _linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:
+    _LAYERS[layer].run(y, x)
+
+
+@torch.library.register_fake("vllm_jdlora::linear_cpu_", lib=_library)
+def _fake_linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:
+    """What torch.compile sees: ``y`` is mutated, nothing is returned."""
