@@ -1,0 +1,120 @@
+"""``adapter_config.json``: what it says about A and B, and what in it nobody here or in vLLM can serve.
+
+The rules are those of vLLM 0.32 (``vllm/lora/peft_helper.py``); the patterns follow PEFT's ``get_pattern_key``.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_jdlora.errors import JDLoRAError
+
+CONFIG_FILE = "adapter_config.json"
+# Inits that leave the base model's weights alone, so that the saved A and B are the whole adapter.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+HEADS = ("classifier", "score")
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "lora_bias": "LoRA bias (lora_bias)",
+    "alora_invocation_tokens": "activated LoRA (aLoRA)",
+    "layer_replication": "layer_replication",
+    "use_bdlora": "block-diagonal LoRA (BD-LoRA)",
+    "use_qalora": "QALoRA",
+}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of ``adapter_config.json`` that says what A and B mean."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    heads: tuple[str, ...]
+    base_model: str | None
+
+    @classmethod
+    def read(cls, file: Path) -> "PeftConfig":
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise JDLoRAError(f"{file.parent}: no {CONFIG_FILE}; this is not a PEFT adapter folder") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise JDLoRAError(f"{file}: not readable as JSON ({error})") from error
+        if not isinstance(raw, dict):
+            raise JDLoRAError(f"{file}: must hold a JSON object")
+        missing = [field for field in ("r", "lora_alpha", "target_modules") if field not in raw]
+        if missing:
+            raise JDLoRAError(f"{file}: lacks {', '.join(missing)}; this is not a LoRA's config")
+        _refuse_unsupported(raw, file)
+        if not _is_rank(raw["r"]):
+            raise JDLoRAError(f"{file}: r must be a positive integer, is {raw['r']!r}")
+        if not _is_number(raw["lora_alpha"]):
+            raise JDLoRAError(f"{file}: lora_alpha must be a finite number, is {raw['lora_alpha']!r}")
+        base_model = raw.get("base_model_name_or_path")
+        if base_model is not None and not isinstance(base_model, str):
+            raise JDLoRAError(f"{file}: base_model_name_or_path must be text, is {base_model!r}")
+        return cls(
+            rank=raw["r"],
+            alpha=raw["lora_alpha"],
+            rslora=bool(raw.get("use_rslora")),
+            rank_pattern=_pattern(raw, "rank_pattern", _is_rank, "a positive integer", file),
+            alpha_pattern=_pattern(raw, "alpha_pattern", _is_number, "a finite number", file),
+            heads=tuple(raw.get("modules_to_save") or ()),
+            base_model=base_model or None,
+        )
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """ρ and s of one module: the first pattern that matches a suffix at a dot wins (PEFT's rule)."""
+        rank = _first_match(self.rank_pattern, module, self.rank)
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        return int(rank), alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
+    for field, feature in _UNSUPPORTED.items():
+        if raw.get(field):
+            raise JDLoRAError(f"{file}: {feature} is not supported, as in vLLM")
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        raise JDLoRAError(
+            f"{file}: init_lora_weights={init!r} changes the base model's weights; save the adapter as a plain "
+            "LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if raw.get("bias", "none") != "none":
+        raise JDLoRAError(f"{file}: bias={raw['bias']!r} is not supported; retrain with bias='none'")
+    saved = raw.get("modules_to_save") or []
+    if not isinstance(saved, list) or any(module not in HEADS for module in saved):
+        raise JDLoRAError(f"{file}: modules_to_save={saved!r}; only {' and '.join(HEADS)} can be served")
+
+
+def _pattern(raw: dict[str, Any], field: str, valid: Any, meaning: str, file: Path) -> dict[str, Any]:
+    pattern = raw.get(field) or {}
+    if not isinstance(pattern, dict):
+        raise JDLoRAError(f"{file}: {field} must be an object")
+    for key, value in pattern.items():
+        if not valid(value):
+            raise JDLoRAError(f"{file}: {field}[{key!r}] must be {meaning}, is {value!r}")
+        try:
+            re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            raise JDLoRAError(f"{file}: {field}: {key!r} is not a regular expression ({error})") from error
+    return pattern
+
+
+def _first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
