@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,27 +122,36 @@ def _into(q: Tensor | None, basis: Tensor, core: SliceProblem) -> Tensor:
 
 
 def _hosvd(core: SliceProblem, rank: int, q_out: Tensor | None, q_in: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors of Σ w ΔWΔWᵀ and Σ w ΔWᵀΔW: [p, r_u], [q, r_v], r = min(rank, side)."""
-    sides = ((core.full_gram_out, core.bt, q_out), (core.full_gram_in, core.a, q_in))
-    bases = []
-    for gram, stack, q in sides:
-        size = stack.shape[1]
-        width = min(size, rank + max(8, rank // 2))
-        if size <= max(_DENSE_GRAM, 2 * width):
-            matrix = gram(torch.eye(size, dtype=stack.dtype, device=stack.device)).double()
-            basis = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)
-        else:
-            # Drawn in the slice's own space, so that the result does not depend on the adapters' order.
-            draw = torch.Generator().manual_seed(0)
-            space = size if q is None else q.shape[0]
-            basis = _into(q, torch.randn(space, width, generator=draw).to(stack.device), core)
-            for _ in range(_RANGE_STEPS):
-                basis = torch.linalg.qr(gram(basis)).Q
-            projected = (basis.T @ gram(basis)).double()
-            rotation = torch.linalg.eigh((projected + projected.T) / 2).eigenvectors.flip(1)
-            basis = basis @ rotation.to(basis.dtype)
-        bases.append(basis[:, : min(rank, size)].to(stack.dtype))
-    return bases[0], bases[1]
+    """Sequentially truncated HOSVD: V = top of Σ w ΔWᵀΔW, then U = top of Σ w ΔW V Vᵀ ΔWᵀ; [p, r_u], [q, r_v].
+
+    Its error is at most twice the optimum, and it starts closer than the two HOSVD sides taken separately.
+    """
+    v = _leading(core.full_gram_in, core.a, rank, q_in)
+    t = core.a @ v
+    u = _leading(lambda basis: core.gram_step_out(core.bt @ basis, t), core.bt, rank, q_out)
+    return u, v
+
+
+def _leading(gram: Callable[[Tensor], Tensor], stack: Tensor, rank: int, q: Tensor | None) -> Tensor:
+    """Leading eigenvectors [size, min(rank, size)] of the symmetric `gram`, given as a product with [size, r].
+
+    stack [P, size] tells size, dtype and device; q [d, size] embeds the core in the slice's own space.
+    """
+    size = stack.shape[1]
+    width = min(size, rank + max(8, rank // 2))
+    if size <= max(_DENSE_GRAM, 2 * width):
+        matrix = gram(torch.eye(size, dtype=stack.dtype, device=stack.device)).double()
+        basis = torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors.flip(1)
+        return basis[:, : min(rank, size)].to(stack.dtype)
+    # Drawn in the slice's own space, so that the result does not depend on the adapters' order.
+    draw = torch.Generator().manual_seed(0)
+    block = torch.randn(size if q is None else q.shape[0], width, generator=draw).to(stack)
+    basis = block if q is None else q.T @ block
+    for _ in range(_RANGE_STEPS):
+        basis = torch.linalg.qr(gram(basis)).Q
+    projected = (basis.T @ gram(basis)).double()
+    rotation = torch.linalg.eigh((projected + projected.T) / 2).eigenvectors.flip(1)
+    return basis @ rotation[:, :rank].to(basis.dtype)
 
 
 def _in_gauge(core: SliceProblem, state: _State, rank: int, q_out: Tensor | None, q_in: Tensor | None) -> FullFit:

@@ -1,0 +1,255 @@
+"""A collection's fit: what is returned is true, the alternation never makes it worse, families are found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.jd.dense import ListSource, dense, family_factors, random_factors
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.jd.alternation import Clustering, alternate, reassign, refit
+from vllm_jdlora.jd.clustering import CollectionFit, fit_collection
+from vllm_jdlora.jd.problem import Factors, SliceProblem
+
+LABELS = [0, 1, 2, 0, 1, 2, 0, 1, 0, 0]  # families of five, three and two
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def families(noise: float = 0.05, slices: int = 3) -> ListSource:
+    return ListSource([family_factors(LABELS, 40, 4, noise, seed=m) for m in range(slices)])
+
+
+def dense_errors(source: ListSource, fit: CollectionFit) -> Tensor:
+    """‖ΔW − UΣV‖_F² [n, S] of what the fit returned, all dense in fp64."""
+    errors = torch.zeros(source.n, len(source.slice_names), dtype=torch.float64)
+    for m in range(len(source.slice_names)):
+        for i, factors in enumerate(source.factors(m)):
+            k = int(fit.cluster[i])
+            approximation = fit.u[m][k].double() @ fit.sigma[i, m].double() @ fit.v[m][k].double()
+            w = torch.zeros_like(approximation) if factors is None else dense(factors)
+            errors[i, m] = (w - approximation).square().sum()
+    return errors
+
+
+def relative(fit: CollectionFit) -> Tensor:
+    """Σ of relative squared errors, absent ones counted as zero."""
+    return (fit.squared_error / fit.squared_norm.clamp_min(1e-300)).sum()
+
+
+def problems(source: ListSource) -> list[SliceProblem]:
+    return [SliceProblem.from_factors(source.factors(m), name) for m, name in enumerate(source.slice_names)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_norms_and_errors_are_those_of_the_values_returned(clusters: int, dtype: torch.dtype) -> None:
+    source = ListSource([random_factors(7, 40, 30, [2, 5, 3, 3, 4, 2, 6], seed=m) for m in range(2)])
+    fit = fit_collection(source, rank=6, clusters=clusters, dtype=dtype)
+    assert fit.u[0].shape == (clusters, 40, 6) and fit.v[0].shape == (clusters, 6, 30)
+    assert fit.u[0].dtype == fit.v[0].dtype == dtype
+    assert fit.sigma.shape == (7, 2, 6, 6) and fit.sigma.dtype == torch.float32
+    # fp64 sums on both sides; factors were given in fp32.
+    torch.testing.assert_close(fit.squared_error, dense_errors(source, fit), rtol=1e-9, atol=1e-9)
+    norms = torch.tensor([[float(dense(f).square().sum()) for f in source.factors(m)] for m in range(2)]).double()
+    torch.testing.assert_close(fit.squared_norm, norms.T, rtol=1e-6, atol=0)
+
+
+def test_the_objective_is_the_summed_relative_squared_error() -> None:
+    source = families()
+    fit = fit_collection(source, rank=4, clusters=2)
+    # The objective is measured with fp32 bases before Σ is refitted on them.
+    assert abs(float(relative(fit)) - fit.objective[-1]) < 1e-5 * fit.objective[-1]
+
+
+def test_a_cast_to_bf16_costs_no_more_than_its_rounding() -> None:
+    source = families()
+    exact, cast = (fit_collection(source, rank=4, clusters=3, dtype=d) for d in (torch.float32, torch.bfloat16))
+    # bf16 rounds each basis entry by at most 2⁻⁹ of itself; Σ is refitted, so errors add in squares.
+    assert float(relative(cast) - relative(exact)) < 2 * 4.0**-9 * source.n * 3
+
+
+def test_planted_families_of_unequal_size_are_found() -> None:
+    cluster = fit_collection(families(), rank=4, clusters=3).cluster
+    assert [len({int(cluster[i]) for i in range(10) if LABELS[i] == label}) for label in range(3)] == [1, 1, 1]
+    assert len(set(cluster.tolist())) == 3
+
+
+def test_families_are_found_even_when_norms_differ_a_thousandfold() -> None:
+    slices = []
+    for m in range(3):
+        factors = family_factors(LABELS, 40, 4, 0.05, seed=m)
+        slices.append([Factors(f.b * 10.0 ** (i % 4), f.a) for i, f in enumerate(factors)])
+    cluster = fit_collection(ListSource(slices), rank=4, clusters=3).cluster
+    assert len({(LABELS[i], int(cluster[i])) for i in range(10)}) == 3
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_objective_never_rises(clusters: int, seed: int) -> None:
+    source = ListSource([random_factors(12, 40, 30, 4, seed=m) for m in range(2)])
+    objective = fit_collection(source, rank=3, clusters=clusters, seed=seed).objective
+    assert all(after <= before for before, after in pairwise(objective))
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_from_bad_labels_the_alternation_only_improves(rank: int) -> None:
+    slices = problems(families(noise=0.3))
+    labels = torch.tensor([0, 0, 1, 1, 1, 1, 0, 0, 2, 2])
+    state = alternate(slices, labels, 3, rank=rank, max_rounds=10, max_sweeps=20, report=silent)
+    assert len(state.objective) > 1
+    assert all(after <= before for before, after in pairwise(state.objective))
+
+
+def test_adapters_in_the_wrong_family_move_to_the_right_one() -> None:
+    slices = problems(families())
+    labels = torch.tensor(LABELS)
+    labels[9] = 1  # a member of family 0 among three of family 1
+    state = alternate(slices, labels, 3, rank=4, max_rounds=10, max_sweeps=20, report=silent)
+    assert state.cluster.tolist() == LABELS
+
+
+def test_one_cluster_for_each_adapter_is_the_svd_of_each() -> None:  # §7.10
+    source = ListSource([random_factors(5, 30, 20, 6, seed=m) for m in range(2)])
+    fit = fit_collection(source, rank=3, clusters=5)
+    tails = [[float(torch.linalg.svdvals(dense(f))[3:].square().sum()) for f in source.factors(m)] for m in range(2)]
+    assert len(set(fit.cluster.tolist())) == 5
+    torch.testing.assert_close(fit.squared_error, torch.tensor(tails).double().T, rtol=1e-5, atol=0)  # fp32 bases
+
+
+def test_splitting_a_cluster_is_never_worse() -> None:  # §7.10
+    slices = problems(ListSource([random_factors(8, 30, 20, 4, seed=m) for m in range(2)]))
+    together = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    split = torch.tensor([0, 0, 2, 2, 1, 1, 1, 1])
+    options = {"rank": 3, "max_rounds": 10, "max_sweeps": 20, "report": silent}
+    two = alternate(slices, together, 2, **options)  # type: ignore[arg-type]
+    three = alternate(slices, split, 3, **options)  # type: ignore[arg-type]
+    assert three.objective[-1] <= two.objective[-1]
+
+
+def fitted(labels: Sequence[int], clusters: int, slices: list[SliceProblem], rank: int) -> Clustering:
+    return refit(slices, Clustering.unfitted(torch.tensor(labels), clusters), rank, 20, silent)
+
+
+def test_an_empty_cluster_takes_the_worst_fitted_adapter() -> None:
+    state = fitted([0, 1, 1, 0, 1, 1, 0, 1, 0, 0], 3, problems(families()), 4)  # families 1 and 2 share cluster 1
+    error = state.weight - state.captured_by_own(state.cluster)
+    moved = reassign(state)
+    assert moved.cluster.bincount().min() > 0
+    assert moved.cluster[int(error.argmax())] == 2
+    assert moved.changed == [1, 2]
+
+
+def test_an_empty_cluster_stays_empty_when_nobody_would_gain() -> None:
+    (one,) = random_factors(1, 30, 20, 3)
+    fit = fit_collection(ListSource([[one] * 4]), rank=3, clusters=3)
+    assert float(relative(fit)) < 1e-10  # fp32 bases and Σ
+    assert all(not fit.u[0][k].any() for k in range(3) if k not in fit.cluster.tolist())
+
+
+def test_an_empty_cluster_does_not_take_a_lonely_adapter() -> None:
+    state = fitted([0, 1, 1], 3, problems(ListSource([random_factors(3, 30, 20, 4)])), 2)
+    assert sorted(reassign(state).cluster.bincount().tolist()) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("clusters", [1, 3])
+def test_the_same_seed_gives_the_same_bits(clusters: int) -> None:
+    a, b = (fit_collection(families(noise=0.5), rank=3, clusters=clusters, seed=4) for _ in range(2))
+    assert torch.equal(a.cluster, b.cluster) and torch.equal(a.sigma, b.sigma) and a.objective == b.objective
+    assert all(torch.equal(x, y) for x, y in zip([*a.u, *a.v], [*b.u, *b.v], strict=True))
+
+
+def test_the_fit_of_one_cluster_does_not_depend_on_the_order_of_adapters() -> None:
+    factors = random_factors(6, 40, 30, 4)
+    order = [3, 1, 5, 0, 2, 4]
+    a = fit_collection(ListSource([factors]), rank=5, clusters=1)
+    b = fit_collection(ListSource([[factors[i] for i in order]]), rank=5, clusters=1)
+    # Returned in fp32; entries of Σ are of the size of the norm, here up to 20.
+    torch.testing.assert_close(a.sigma[order], b.sigma, rtol=0, atol=1e-4)
+    torch.testing.assert_close(a.u[0], b.u[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_missing_slices_and_zero_adapters_have_zero_scalings_and_do_not_touch_the_others(clusters: int) -> None:
+    first, second = (random_factors(5, 40, 30, 4, seed=m) for m in range(2))
+    zero = Factors(torch.zeros(40, 4), second[0].a)
+    source = ListSource([[*first, None, zero], [None, *second[1:], second[0], zero]])
+    fit = fit_collection(source, rank=5, clusters=clusters)
+    for adapter, at in ((5, 0), (6, 0), (0, 1), (6, 1)):
+        assert not fit.sigma[adapter, at].any()
+        assert fit.squared_norm[adapter, at] == 0 and fit.squared_error[adapter, at] == 0
+    torch.testing.assert_close(fit.squared_error, dense_errors(source, fit), rtol=1e-9, atol=1e-9)  # fp64 sums
+    if clusters == 1:
+        alone = fit_collection(ListSource([first]), rank=5, clusters=1)
+        assert torch.equal(alone.u[0], fit.u[0]) and torch.equal(alone.sigma[:, 0], fit.sigma[:5, 0])
+
+
+def test_a_slice_that_a_whole_cluster_lacks_has_zero_bases_there() -> None:
+    near = family_factors([0, 0, 0, 1, 1, 1], 40, 4, 0.05)
+    partial: list[Factors | None] = [*near[:3], None, None, None]
+    fit = fit_collection(ListSource([near, near, partial]), rank=4, clusters=2)
+    lacking = int(fit.cluster[3])
+    assert set(fit.cluster[3:].tolist()) == {lacking} and lacking not in fit.cluster[:3].tolist()
+    assert not fit.u[2][lacking].any() and not fit.v[2][lacking].any()
+
+
+def test_an_adapter_of_zeros_alone_is_returned_as_zeros() -> None:
+    fit = fit_collection(ListSource([[Factors(torch.zeros(12, 2), torch.zeros(2, 10))]]), rank=3, clusters=1)
+    assert not fit.sigma.any() and not fit.u[0].any() and fit.objective == [0.0]
+
+
+def test_a_rank_beyond_every_dimension_is_padded() -> None:
+    source = ListSource([random_factors(4, 6, 5, 3)])
+    fit = fit_collection(source, rank=16, clusters=2)
+    assert fit.u[0].shape == (2, 6, 16) and fit.sigma.shape == (4, 1, 16, 16)
+    assert float(relative(fit)) < 1e-10  # fp32 bases and Σ
+    assert not fit.u[0][:, :, 6:].any() and not fit.sigma[:, :, :, 5:].any()
+
+
+def test_one_cluster_reads_every_slice_twice_and_does_no_clustering() -> None:
+    source, stages = families(), []
+    fit = fit_collection(source, rank=4, clusters=1, progress=lambda *event: stages.append(event))
+    assert source.reads == 2 * 3 and fit.rounds == 1 and len(fit.objective) == 1
+    assert stages == [("fit", m, 3) for m in (1, 2, 3)] + [("store", m, 3) for m in (1, 2, 3)]
+
+
+def test_progress_counts_up_to_its_total_in_every_stage() -> None:
+    stages: list[tuple[str, int, int]] = []
+    fit_collection(families(), rank=4, clusters=3, progress=lambda *event: stages.append(event))
+    assert [stage for stage in dict.fromkeys(event[0] for event in stages)] == ["start", "fit", "store"]
+    assert all(1 <= done <= total for _, done, total in stages) and stages[-1] == ("store", 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0, "clusters": 1}, "rank 0"),
+        ({"rank": 4, "clusters": 11}, "11 clusters for 10 adapters: give between 1 and 10"),
+        ({"rank": 4, "clusters": 0}, "0 clusters"),
+        ({"rank": 4, "clusters": 2, "max_rounds": 0}, "max_rounds 0"),
+        ({"rank": 4, "clusters": 2, "max_sweeps": 0}, "max_sweeps 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(JDLoRAError, match=message):
+        fit_collection(families(), **options)  # type: ignore[arg-type]
+
+
+def test_a_source_without_adapters_or_slices_is_refused() -> None:
+    for source in (ListSource([[]]), families(slices=1)):
+        source.slice_names = source.slice_names if source.n == 0 else []
+        with pytest.raises(JDLoRAError, match="nothing to compress"):
+            fit_collection(source, rank=4, clusters=1)
+
+
+def test_a_source_that_gives_too_few_factors_is_refused() -> None:
+    source = families()
+    source.n = 11
+    with pytest.raises(JDLoRAError, match="slice0: factors of 10 adapters, expected 11"):
+        fit_collection(source, rank=4, clusters=1)
