@@ -24,7 +24,10 @@ def popularity(kind: str, tokens: int, rng: np.random.Generator) -> np.ndarray:
 
 def problem(tokens: int, rank: int, dtype: torch.dtype, diagonal: bool = False):
     g = torch.Generator().manual_seed(tokens * 1000 + rank)
-    rand = lambda *shape: torch.randn(*shape, generator=g)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
     u = [rand(CLUSTERS, w, rank) / rank for w in WIDTHS]
     v = [rand(CLUSTERS, rank, D_IN) / D_IN**0.5 for _ in WIDTHS]
     sigma = rand(SLOTS, len(WIDTHS), rank) if diagonal else rand(SLOTS, len(WIDTHS), rank, rank)

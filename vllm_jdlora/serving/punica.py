@@ -1,4 +1,4 @@
-"""What stands between vLLM's LoRA layers and the kernels: a layer's own view of Σ in front of the shared wrapper."""
+"""What stands between vLLM's LoRA layers and the kernels: who is in the batch, and each layer's own view of Σ."""
 
 from __future__ import annotations
 
@@ -18,51 +18,20 @@ class JDPunica(Protocol):
         content of a slot has changed.
         """
 
-    def jd_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        sigma: torch.Tensor,
-        output_slices: tuple[int, ...],
-        **kwargs: Any,
-    ) -> None:
-        """``y += U Σ V x`` in place.
+    def for_layer(self, layer: Any, sigma: torch.Tensor) -> Any:
+        """The wrapper that one LoRA layer gets through ``set_mapping``.
 
-        Args:
-            y: [T, sum of output_slices].
-            x: [T, d_in].
-            lora_a_stacked: for each slice V [bases, 1, R, d_in].
-            lora_b_stacked: for each slice U [bases, 1, d_out, R].
-            sigma: [slots, slices, R, R].
+        vLLM hands every layer the same wrapper and no layer knows its place in the model, but Σ differs from layer
+        to layer: so each layer gets one of its own, with its rows ``sigma`` [slots, slices, R, R] of the Σ buffer.
         """
-
-    def jd_expand(
-        self,
-        y: torch.Tensor,
-        h: torch.Tensor,
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        sigma: torch.Tensor,
-        output_slices: tuple[int, ...],
-        offset_start: int = 0,
-        add_inputs: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """``y += U Σ h`` in place, for layers that gather h [slices, T, R] between shrink and expand."""
 
 
 class JDLayerPunica:
-    """The wrapper that one LoRA layer sees: the shared one, with the layer's rows of the Σ buffer.
-
-    vLLM hands every layer the same punica wrapper, and no layer knows its own place in the model; Σ differs from
-    layer to layer, so each layer gets this in front (through its own ``set_mapping``).
-    """
+    """One layer's wrapper in front of a shared one that takes Σ as an argument (``jd_linear``, ``jd_expand``)."""
 
     def __init__(self, shared: Any, sigma: torch.Tensor):
         self._shared = shared
         self.sigma = sigma
-        """[slots, slices of this layer, R, R], a view of the worker's Σ buffer."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared, name)
@@ -77,7 +46,7 @@ class JDLayerPunica:
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        # scale is 1 in every caller: adapters' scalings are folded into Σ.
+        """``y += U Σ V x``; ``scale`` is 1 in every caller, adapters' scalings are folded into Σ."""
         self._shared.jd_linear(y, x, lora_a_stacked, lora_b_stacked, self.sigma, output_slices, **kwargs)
 
     def add_expand(
@@ -90,6 +59,7 @@ class JDLayerPunica:
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
+        """``y += U Σ h``, where the layer gathered h between shrink and expand (``--fully-sharded-loras``)."""
         self._shared.jd_expand(
             y, x, lora_b_stacked, self.sigma, output_slices, offset_start=offset_start, add_inputs=add_inputs
         )

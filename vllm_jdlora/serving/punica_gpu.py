@@ -15,6 +15,7 @@ from vllm.lora.punica_wrapper.punica_gpu import HAS_TRITON, PunicaWrapperGPU
 
 import vllm_jdlora.kernels.triton_sigma  # noqa: F401  (registers torch.ops.vllm_jdlora.sigma_)
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.serving.punica import JDLayerPunica
 
 
 class JDPunicaGPU(PunicaWrapperGPU):  # @final there is for type checkers only
@@ -52,6 +53,10 @@ class JDPunicaGPU(PunicaWrapperGPU):  # @final there is for type checkers only
         rows[:tokens] = token_slots
         rows[tokens:] = -1
         self._token_slots.copy_(staged, non_blocking=True)
+
+    def for_layer(self, layer: Any, sigma: torch.Tensor) -> JDLayerPunica:
+        """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
+        return JDLayerPunica(self, sigma)
 
     def jd_linear(
         self,

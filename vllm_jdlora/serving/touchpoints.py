@@ -262,6 +262,14 @@ REGISTER: tuple[Touchpoint, ...] = (
         "cuda",
     ),
     Touchpoint(
+        "vllm.lora.ops.triton_ops.lora_kernel_metadata",
+        "LoRAKernelMeta.prepare_tensors",
+        "read",
+        "its no_lora_flag_cpu lets the Σ kernel skip what shrink and expand skip",
+        ("self", "token_lora_mapping"),
+        "cuda",
+    ),
+    Touchpoint(
         "vllm.lora.punica_wrapper.punica_gpu",
         "PunicaWrapperGPU.add_expand",
         "call",

@@ -1,0 +1,200 @@
+"""``collection.json``: its fields as frozen dataclasses, and the checks of a manifest that comes from outside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vllm_jdlora.adapter import SliceShape, check_adapter_name
+from vllm_jdlora.errors import JDLoRAError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "collection.json"
+BASES_FILE = "bases.safetensors"
+ERRORS_FILE = "errors.safetensors"
+METHODS = ("full",)
+METRICS = ("frobenius",)
+DTYPES = ("bf16", "fp16", "fp32")
+
+_FILE_NAME = re.compile(r"(bases|errors|scalings-\d{5})\.safetensors")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model that the adapters were trained on.
+
+    ``name`` is what the adapters say; ``fingerprint`` is the SHA-256 of the model's config.json where the model was
+    at hand when the collection was made.
+    """
+
+    name: str | None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One compressed adapter; its place in the list is its row in the scalings.
+
+    ``relative_error`` is ‖ΔW − UΣV‖_F / ‖ΔW‖_F over all slices, not squared, for the values as stored; ``scale`` is
+    s where it is one for all slices.
+    """
+
+    name: str
+    cluster: int
+    relative_error: float
+    rank: int
+    scale: float | None
+    parameters: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PlainEntry:
+    """One adapter kept uncompressed in ``plain/NAME``, and why."""
+
+    name: str
+    reason: str
+    rank: int
+    parameters: int
+    sha256: str
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True)
+class SkippedEntry:
+    """One adapter that was left out because it could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CollectionManifest:
+    """What ``collection.json`` says. ``files`` gives the SHA-256 of every tensor file; ``revision`` digests it all."""
+
+    base_model: BaseModel
+    method: str
+    rank: int
+    clusters: int
+    metric: str
+    dtype: str
+    seed: int
+    slices: tuple[SliceShape, ...]
+    adapters: tuple[AdapterEntry, ...]
+    plain: tuple[PlainEntry, ...]
+    skipped: tuple[SkippedEntry, ...]
+    files: Mapping[str, str]
+    format_version: int = FORMAT_VERSION
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.format_version == FORMAT_VERSION, f"format_version is {self.format_version}, this is for 1")
+        _require(self.method in METHODS, f"method {self.method!r} is not one of {METHODS}")
+        _require(self.metric in METRICS, f"metric {self.metric!r} is not one of {METRICS}")
+        _require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not one of {DTYPES}")
+        _require(self.rank >= 1 and self.clusters >= 1, "rank and clusters must be at least 1")
+        _require(bool(self.slices) and bool(self.adapters), "there must be slices and adapters")
+        for part in self.slices:
+            _require(part.d_out >= 1 and part.d_in >= 1, f"slice {part.name} has an empty shape")
+        _require(len({s.name for s in self.slices}) == len(self.slices), "two slices have one name")
+        names = [a.name for a in self.adapters] + [p.name for p in self.plain]
+        for name in names:
+            check_adapter_name(name)
+        _require(len(set(names)) == len(names), "two adapters have one name")
+        for entry in self.adapters:
+            _require(0 <= entry.cluster < self.clusters, f"adapter {entry.name} is in cluster {entry.cluster}")
+            _require(
+                math.isfinite(entry.relative_error) and entry.relative_error >= 0,
+                f"adapter {entry.name} has the error {entry.relative_error}",
+            )
+        for file, digest in self.files.items():
+            _require(bool(_FILE_NAME.fullmatch(file)), f"{file!r} is not a file of a collection")
+            _require(bool(_DIGEST.fullmatch(digest)), f"the digest of {file} is not a SHA-256")
+        for file in (BASES_FILE, ERRORS_FILE, scalings_file(0)):
+            _require(file in self.files, f"{file} is not listed")
+        if not self.revision:
+            object.__setattr__(self, "revision", self._digest())
+        _require(self.revision == self._digest(), "the revision does not belong to its content")
+
+    def _digest(self) -> str:
+        content = asdict(self)
+        content.pop("revision")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CollectionManifest:
+        """Parse and check; unknown and missing fields are errors.
+
+        Raises:
+            JDLoRAError: what is wrong, without the folder's name (the caller knows it).
+        """
+        try:
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise JDLoRAError(f"not readable as JSON ({error})") from error
+        _require(isinstance(raw, dict), "must hold a JSON object")
+        raw = dict(raw)
+        # Before anything else: a later format may well have other fields.
+        _require(raw.get("format_version") == FORMAT_VERSION, f"format_version is {raw.get('format_version')!r}, not 1")
+        _require(isinstance(raw.get("revision"), str) and raw["revision"], "there is no revision")
+        parts = {
+            "slices": SliceShape,
+            "adapters": AdapterEntry,
+            "plain": PlainEntry,
+            "skipped": SkippedEntry,
+        }
+        for field, kind in parts.items():
+            _require(isinstance(raw.get(field), list), f"{field} must be a list")
+            raw[field] = tuple(_entry(kind, item, field) for item in raw[field])
+        raw["base_model"] = _entry(BaseModel, raw.get("base_model"), "base_model")
+        _require(isinstance(raw.get("files"), dict), "files must be an object")
+        return _entry(cls, raw, "the manifest")
+
+    def with_files(self, files: Mapping[str, str]) -> CollectionManifest:
+        return replace(self, files=dict(files), revision="")
+
+
+def scalings_file(shard: int) -> str:
+    return f"scalings-{shard:05d}.safetensors"
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "str": (str,),
+    "float": (int, float),
+    "str | None": (str, type(None)),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _entry(kind: Any, raw: Any, where: str) -> Any:
+    _require(isinstance(raw, dict), f"{where} must hold JSON objects")
+    fields = kind.__dataclass_fields__
+    if unknown := sorted(set(raw) - set(fields)):
+        raise JDLoRAError(f"{where} does not know {', '.join(map(repr, unknown[:5]))}")
+    for name, field in fields.items():
+        if name not in raw:
+            _require(field.default is not field.default_factory, f"{where} lacks {name!r}")
+            continue
+        expected = _TYPES.get(str(field.type).replace("builtins.", ""))
+        value = raw[name]
+        if expected and (not isinstance(value, expected) or isinstance(value, bool)):
+            raise JDLoRAError(f"{where}: {name} is {value!r:.60}")
+    try:
+        return kind(**raw)
+    except (TypeError, AttributeError) as error:
+        raise JDLoRAError(f"{where} is incomplete or of the wrong types ({error})") from error
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise JDLoRAError(problem)
