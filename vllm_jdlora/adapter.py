@@ -1,7 +1,7 @@
 """PEFT adapter folder -> ``Adapter``; every check on what comes from outside.
 
-What is accepted and refused follows vLLM 0.32 (``vllm/lora/peft_helper.py``, ``lora_model.py``, ``utils.py``),
-with the shape and finiteness checks added that vLLM leaves out.
+What is accepted and refused follows vLLM 0.32 (``vllm/lora/lora_model.py``, ``utils.py``; the config:
+``peft_config.py``), with the shape and finiteness checks added that vLLM leaves out.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Adapter:
     plain_only: str | None = None
 
     def factors(self, slice_name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``(B [d_out, ρ], A [ρ, d_in])`` in fp32 on the CPU, the scale s folded into B; None where it has none.
+        """``(B [d_out, ρ], A [ρ, d_in])``, fp32, CPU, the scale s folded into B; None where it has nothing.
 
         Raises:
             JDLoRAError: the weights file changed or vanished since it was checked.
@@ -73,9 +73,7 @@ class Adapter:
             try:
                 a, b = weights.get_tensor(key_a).float(), weights.get_tensor(key_b).float()
             except (SafetensorError, OSError) as error:
-                raise JDLoRAError(
-                    f"{self.path / WEIGHTS_FILE}: changed since it was checked ({error})"
-                ) from error
+                raise JDLoRAError(f"{self.path / WEIGHTS_FILE}: changed since it was checked ({error})") from error
         if tuple(a.shape) != (part.rank, part.shape.d_in) or tuple(b.shape) != (part.shape.d_out, part.rank):
             raise JDLoRAError(f"{self.path / WEIGHTS_FILE}: changed since it was checked ({slice_name})")
         return b * part.scale, a
@@ -94,11 +92,7 @@ def read_adapter(path: Path, name: str | None = None) -> Adapter:
     weights_file = path / WEIGHTS_FILE
     if not weights_file.is_file():
         pickled = [other for other in _PICKLED_WEIGHTS if (path / other).exists()]
-        hint = (
-            f"; convert {pickled[0]} with safetensors.torch.save_file (pickles are not read)"
-            if pickled
-            else ""
-        )
+        hint = f"; convert {pickled[0]} with safetensors.torch.save_file (pickles are not read)" if pickled else ""
         raise JDLoRAError(f"{path}: no {WEIGHTS_FILE}{hint}")
 
     keys: dict[str, dict[str, str]] = {}
@@ -137,9 +131,7 @@ def read_adapter(path: Path, name: str | None = None) -> Adapter:
     )
 
 
-def read_adapters(
-    paths: Iterable[Path], *, skip_bad: bool = False
-) -> tuple[list[Adapter], list[tuple[str, str]]]:
+def read_adapters(paths: Iterable[Path], *, skip_bad: bool = False) -> tuple[list[Adapter], list[tuple[str, str]]]:
     """Read PEFT folders, or folders of PEFT folders (one level deep).
 
     Returns:
@@ -183,10 +175,8 @@ def check_adapter_name(name: str) -> None:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 over the config's and the weights' own SHA-256: what makes two PEFT folders the same adapter."""
-    return hashlib.sha256(
-        (file_digest(path / CONFIG_FILE) + file_digest(path / WEIGHTS_FILE)).encode()
-    ).hexdigest()
+    """SHA-256 over the SHA-256 of config and weights: what makes two PEFT folders the same adapter."""
+    return hashlib.sha256((file_digest(path / CONFIG_FILE) + file_digest(path / WEIGHTS_FILE)).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -202,7 +192,7 @@ def file_digest(path: Path) -> str:
 
 
 def _parse_tensor_name(key: str, file: Path) -> tuple[str, str] | None:
-    """``(module, "A" | "B")`` by vLLM's rule (``parse_fine_tuned_lora_name``); None for what vLLM passes over."""
+    """``(module, "A" | "B")`` by vLLM's ``parse_fine_tuned_lora_name``; None for what vLLM passes over."""
     if key.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
         return None
     parts = key.removeprefix(_PREFIX).split(".")
@@ -239,9 +229,7 @@ def _check_tensor(weights: Any, key: str, file: Path) -> int:
     return int(shape[0] * shape[1])
 
 
-def _checked_slice(
-    weights: Any, file: Path, module: str, pair: Mapping[str, str], config: PeftConfig
-) -> AdapterSlice:
+def _checked_slice(weights: Any, file: Path, module: str, pair: Mapping[str, str], config: PeftConfig) -> AdapterSlice:
     for side in "AB":
         if side not in pair:
             raise JDLoRAError(f"{file}: {module}: lora_{side} is missing")
@@ -254,7 +242,7 @@ def _checked_slice(
     )
     if rank_a != rank_b or (rank_a != rank and not fused_experts):
         raise JDLoRAError(
-            f"{file}: {module}: A is [{rank_a}, {d_in}] and B [{d_out}, {rank_b}], but {CONFIG_FILE} says rank {rank}"
+            f"{file}: {module}: A is [{rank_a}, {d_in}], B is [{d_out}, {rank_b}], but {CONFIG_FILE} says rank {rank}"
         )
     return AdapterSlice(SliceShape(module, d_out, d_in), rank, scale)
 

@@ -6,7 +6,7 @@ The rules are those of vLLM 0.32 (``vllm/lora/peft_helper.py``); the patterns fo
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class PeftConfig:
 
     @classmethod
     def read(cls, file: Path) -> "PeftConfig":
+        """Read and check one config; JDLoRAError names what is wrong in it."""
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -56,7 +57,7 @@ class PeftConfig:
         if not _is_rank(raw["r"]):
             raise JDLoRAError(f"{file}: r must be a positive integer, is {raw['r']!r}")
         if not _is_number(raw["lora_alpha"]):
-            raise JDLoRAError(f"{file}: lora_alpha must be a finite number, is {raw['lora_alpha']!r}")
+            raise JDLoRAError(f"{file}: lora_alpha must be a number up to 1e9, is {raw['lora_alpha']!r}")
         base_model = raw.get("base_model_name_or_path")
         if base_model is not None and not isinstance(base_model, str):
             raise JDLoRAError(f"{file}: base_model_name_or_path must be text, is {base_model!r}")
@@ -65,7 +66,7 @@ class PeftConfig:
             alpha=raw["lora_alpha"],
             rslora=bool(raw.get("use_rslora")),
             rank_pattern=_pattern(raw, "rank_pattern", _is_rank, "a positive integer", file),
-            alpha_pattern=_pattern(raw, "alpha_pattern", _is_number, "a finite number", file),
+            alpha_pattern=_pattern(raw, "alpha_pattern", _is_number, "a number up to 1e9", file),
             heads=tuple(raw.get("modules_to_save") or ()),
             base_model=base_model or None,
         )
@@ -84,8 +85,8 @@ def _refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
         raise JDLoRAError(
-            f"{file}: init_lora_weights={init!r} changes the base model's weights; save the adapter as a plain "
-            "LoRA with PEFT's path_initial_model_for_weight_conversion"
+            f"{file}: init_lora_weights={init!r} changes the base model's weights; save the adapter "
+            "as a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
     if raw.get("bias", "none") != "none":
         raise JDLoRAError(f"{file}: bias={raw['bias']!r} is not supported; retrain with bias='none'")
@@ -94,7 +95,9 @@ def _refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
         raise JDLoRAError(f"{file}: modules_to_save={saved!r}; only {' and '.join(HEADS)} can be served")
 
 
-def _pattern(raw: dict[str, Any], field: str, valid: Any, meaning: str, file: Path) -> dict[str, Any]:
+def _pattern(
+    raw: dict[str, Any], field: str, valid: Callable[[object], bool], meaning: str, file: Path
+) -> dict[str, Any]:
     pattern = raw.get(field) or {}
     if not isinstance(pattern, dict):
         raise JDLoRAError(f"{file}: {field} must be an object")
@@ -117,4 +120,5 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # The bound keeps s·B inside fp32 and turns away integers too long for a float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
