@@ -45,9 +45,14 @@ def unit(matrices: Sequence[Tensor]) -> list[Tensor]:
     return [w / w.norm() for w in matrices]
 
 
-def hooi(matrices: Sequence[Tensor], rank: int, iterations: int = 200) -> tuple[Tensor, Tensor, float]:
-    """U [d_out, rank], V [d_in, rank] and captured energy: HOSVD start, full eigensolver in each half step."""
-    v = _top(sum(w.T @ w for w in matrices), rank)
+def hooi(
+    matrices: Sequence[Tensor], rank: int, iterations: int = 200, start: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """U [d_out, rank], V [d_in, rank] and captured energy: full eigensolver in each half step.
+
+    From the HOSVD, or from any `start` [d_in, rank].
+    """
+    v = _top(sum(w.T @ w for w in matrices), rank) if start is None else torch.linalg.qr(start).Q
     for _ in range(iterations):
         u = _top(sum(w @ v @ v.T @ w.T for w in matrices), rank)
         v = _top(sum(w.T @ u @ u.T @ w for w in matrices), rank)
