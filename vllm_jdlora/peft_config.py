@@ -6,7 +6,7 @@ The rules are those of vLLM 0.32 (``vllm/lora/peft_helper.py``); the patterns fo
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
