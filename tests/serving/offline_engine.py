@@ -4,6 +4,9 @@ import json
 import os
 import sys
 
+MARK = "answers: "
+"""Begins the line of the answers; vLLM prints before and after it."""
+
 
 def main() -> None:
     spec = json.load(sys.stdin)
@@ -50,8 +53,7 @@ def main() -> None:
         ],
         "statistics": llm.collective_rpc("jdlora_statistics"),
     }
-    print()
-    print(json.dumps(result))
+    print(f"\n{MARK}{json.dumps(result)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from vllm_jdlora.collection.build import compress
 
 from tests import reference, tiny_llama
+from tests.serving import offline_engine
 from vllm_jdlora.adapter import read_adapter
 
 pytestmark = pytest.mark.server
@@ -57,7 +58,8 @@ def run_engine(served, **options) -> dict:
         cwd=Path(__file__).parents[2],
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    answers = [line for line in result.stdout.splitlines() if line.startswith(offline_engine.MARK)]
+    return json.loads(answers[0].removeprefix(offline_engine.MARK))
 
 
 def check_against_merged_weights(served, answers: list[dict]) -> None:
