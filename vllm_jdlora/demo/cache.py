@@ -16,24 +16,9 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(home).expanduser().resolve() / "vllm-jdlora"
 
 
-def file_sha256(path: Path) -> str:
-    """The file's SHA-256 in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def content_digest(parts: Iterable[str | Path]) -> str:
-    """One SHA-256 over strings and over files' names and bytes, in the order given; where files lie is not in it."""
+def text_digest(parts: Iterable[str]) -> str:
+    """One SHA-256 over several strings, in the order given."""
     digest = hashlib.sha256()
     for part in parts:
-        text = f"{part.name}\0{file_sha256(part)}" if isinstance(part, Path) else part
-        digest.update(f"{len(text)}:{text}".encode())
+        digest.update(f"{len(part)}:{part}".encode())
     return digest.hexdigest()
-
-
-def adapter_digest(folder: Path) -> str:
-    """Digest of what makes a PEFT adapter what it is: its name, its configuration and its weights."""
-    return content_digest([folder.name, folder / "adapter_config.json", folder / "adapter_model.safetensors"])
