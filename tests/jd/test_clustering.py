@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.jd.dense import ListSource, dense, family_factors, random_factors
+from tests.jd.dense import ListSource, dense, family_factors, hooi, random_factors, unit
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.jd import alternation
 from vllm_jdlora.jd.alternation import Clustering, alternate, reassign, refit
 from vllm_jdlora.jd.clustering import CollectionFit, fit_collection
 from vllm_jdlora.jd.problem import Factors, SliceProblem
@@ -153,9 +155,50 @@ def test_an_empty_cluster_stays_empty_when_nobody_would_gain() -> None:
     assert all(not fit.u[0][k].any() for k in range(3) if k not in fit.cluster.tolist())
 
 
+def test_an_adapter_that_fits_already_is_not_moved_into_an_empty_cluster() -> None:
+    (one,) = random_factors(1, 30, 20, 3)
+    state = fitted([0, 0, 0, 0], 3, problems(ListSource([[one] * 4])), 3)
+    assert reassign(state).cluster.tolist() == [0, 0, 0, 0]
+
+
 def test_an_empty_cluster_does_not_take_a_lonely_adapter() -> None:
-    state = fitted([0, 1, 1], 3, problems(ListSource([random_factors(3, 30, 20, 4)])), 2)
+    draw = torch.Generator().manual_seed(0)
+    hard = Factors(torch.randn(30, 8, generator=draw), torch.randn(8, 20, generator=draw))
+    easy = random_factors(2, 30, 20, 2)
+    state = fitted([0, 1, 1], 3, problems(ListSource([[hard, *easy]])), 3)
+    assert int((state.weight - state.captured_by_own(state.cluster)).argmax()) == 0
+    assert reassign(state).cluster[0] == 0
     assert sorted(reassign(state).cluster.bincount().tolist()) == [1, 1, 1]
+
+
+def test_a_refit_starts_from_the_bases_it_has() -> None:
+    factors = random_factors(6, 40, 30, 4, seed=1)  # the HOSVD start leads to a local optimum 20 % lower here
+    draws = [torch.Generator().manual_seed(seed) for seed in range(12)]
+    matrices = unit([dense(f) for f in factors])
+    tries = [hooi(matrices, 1, 60, torch.randn(30, 1, generator=draw).double()) for draw in draws]
+    u, v, best = max(tries, key=lambda tried: tried[2])
+    empty = Clustering.unfitted(torch.zeros(6, dtype=torch.int64), 1)
+    state = replace(empty, u=[u[None].float()], v=[v.T[None].float()])
+    again = refit(problems(ListSource([factors])), state, 1, 20, silent)
+    assert 6 - again.objective[-1] >= best - 1e-5  # fp32 bases
+
+
+@pytest.mark.parametrize("worse_at", [1, 2])
+def test_a_refit_that_raises_the_objective_is_dropped(worse_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = alternation.refit, []
+
+    def spoiled(slices: list[SliceProblem], state: Clustering, *rest: object) -> Clustering:
+        calls.append(state)
+        after = real(slices, state, *rest)  # type: ignore[arg-type]
+        if len(calls) <= worse_at:
+            return after
+        return replace(after, objective=[*after.objective[:-1], after.objective[0] + 1])
+
+    monkeypatch.setattr(alternation, "refit", spoiled)
+    labels = torch.tensor(LABELS)
+    labels[9] = 1  # wrong, so that something moves after the first refit
+    state = alternate(problems(families()), labels, 3, rank=4, max_rounds=10, max_sweeps=20, report=silent)
+    assert len(state.objective) == worse_at and state.cluster.tolist() == calls[worse_at - 1].cluster.tolist()
 
 
 @pytest.mark.parametrize("clusters", [1, 3])
