@@ -26,7 +26,7 @@ def candidate_starts(probes: Sequence[SliceProblem], n: int, rank: int, clusters
 
     Related groups are right where adapters clearly come in families. Adapters that share little are the common case,
     and there balance decides: a basis of rank R serves one more adapter worse the more it already holds (32 real
-    adapters, R 16, K 8: 6.4 % of the energy lost from balanced starts, 7.4 to 11.7 % from k-means on Σ).
+    adapters, 8 slices, R 16, K 8: 6.4 % of the energy lost from balanced starts, 7.4 to 11.7 % from k-means on Σ).
     """
     if n > _PAIRWISE:
         return [_even_labels(n, clusters, torch.Generator().manual_seed(seed))]
