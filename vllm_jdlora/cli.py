@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# --- compress ----------------------------------------------------------------------------------------------------------
+# --- compress ---------------------------------------------------------------------------------------------------------
 
 
 def _add_compress(commands: Any) -> None:
@@ -101,7 +101,7 @@ def _compress(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- inspect, validate, export -----------------------------------------------------------------------------------------
+# --- inspect, validate, export ----------------------------------------------------------------------------------------
 
 
 def _add_inspect(commands: Any) -> None:
@@ -164,7 +164,7 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- demo --------------------------------------------------------------------------------------------------------------
+# --- demo -------------------------------------------------------------------------------------------------------------
 
 
 def _add_demo(commands: Any) -> None:
@@ -186,7 +186,7 @@ def _demo(args: argparse.Namespace) -> int:
     return int(run(args))
 
 
-# --- reports -----------------------------------------------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def summary(collection: Collection) -> dict[str, Any]:
@@ -229,8 +229,8 @@ def _report(collection: Collection, as_json: bool) -> None:
         f"{len(facts['adapters'])} compressed adapters: rank {facts['rank']}, {facts['clusters']} clusters, "
         f"{facts['slices']} slices, {facts['dtype']}; {_bytes(size['collection'])} for "
         f"{_bytes(size['adapters_in_bf16'])} of adapters, {facts['compression_ratio']:.1f} times smaller at a relative "
-        f"error of {error['mean']:.3f} (mean), {error['max']:.3f} (max); {_bytes(size['one_scaling'])} for each further "
-        "adapter",
+        f"error of {error['mean']:.3f} (mean), {error['max']:.3f} (max); {_bytes(size['one_scaling'])} for each "
+        "further adapter",
         highlight=False,
     )
     table = Table("adapter", "cluster", "relative error", "ρ", box=None)

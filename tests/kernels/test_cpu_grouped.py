@@ -88,7 +88,5 @@ def test_a_token_alone_and_in_a_crowd_gets_the_same_adapter():
     jd_linear_(crowd, x, u, fused, sigma, TokenGroups.plan(clusters, slots))
     for t in range(16):
         alone = y[t : t + 1].clone()
-        jd_linear_(
-            alone, x[t : t + 1], u, fused, sigma, TokenGroups.plan(clusters[t : t + 1], slots[t : t + 1])
-        )
+        jd_linear_(alone, x[t : t + 1], u, fused, sigma, TokenGroups.plan(clusters[t : t + 1], slots[t : t + 1]))
         torch.testing.assert_close(alone[0], crowd[t], rtol=1e-5, atol=1e-5)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_jdlora.collection.build import compress
 
 from tests import reference, tiny_llama
 from tests.serving import offline_engine
 from vllm_jdlora.adapter import read_adapter
+from vllm_jdlora.collection.build import compress
 
 pytestmark = pytest.mark.server
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+import torch
 
 from tests import reference
 from tests.serving.conftest import COMPRESSED, DEMO, PLAIN, RUNTIME, SERVER_ARGS, adapter_folder
@@ -117,6 +118,21 @@ def test_concurrent_requests_of_all_kinds_equal_merged_weights(jd_server, tokeni
     # The adapters matter: on its own prompt no compressed adapter answers as the base does.
     alone = ask_all(jd_server.url, tokenizer, [{"model": "base", "chat": False, "stream": False}])
     assert alone[0].tokens == next(a.tokens for a in answers if a.model == "base")
+
+
+def test_an_exported_adapter_in_peft_gives_the_served_logprobs(jd_server, base_model, tokenizer, collection, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from vllm_jdlora.cli import main
+
+    for name in COMPRESSED[:2]:
+        folder = tmp_path / name
+        assert main(["export", str(collection), name, "-o", str(folder)]) == 0
+        served = ask_all(jd_server.url, tokenizer, [{"model": name, "chat": True, "stream": False}])[0]
+        base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, folder).eval()
+        reference.check_greedy(model, served.prompt, served.tokens, served.logprobs, TOLERANCE)
 
 
 def test_the_adapters_change_what_the_base_says(jd_server, tokenizer):

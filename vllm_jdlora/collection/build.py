@@ -97,7 +97,9 @@ def compress(
         raise JDLoRAError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
     adapters = sorted(adapters, key=lambda a: a.name)
     base = _base_model(adapters, base_model)
-    plain = [(a, f"cannot be compressed: {a.plain_only}", None) for a in adapters if a.plain_only]
+    plain: list[tuple[Adapter, str, float | None]] = [
+        (a, f"cannot be compressed: {a.plain_only}", None) for a in adapters if a.plain_only
+    ]
     fitted = [a for a in adapters if not a.plain_only]
     if not fitted:
         raise JDLoRAError(

@@ -68,6 +68,21 @@ def apply_to_engine_args(engine_args: Any) -> None:
     engine_args.additional_config = options.put_into(engine_args.additional_config)
 
 
+def restore_compilation(config: Any) -> None:
+    """Compile the model on CPU as vLLM does without LoRA.
+
+    vLLM's CPU platform prepares compilation and then turns it off because its LoRA layers cannot be traced. Ours
+    reach their kernel through one opaque operator, and all else of the preparation is still in place.
+    """
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    compilation = config.compilation_config
+    prepared = "cpp.dynamic_threads" in compilation.inductor_compile_config
+    if current_platform.is_cpu() and prepared and compilation.mode == CompilationMode.NONE:
+        compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+
+
 def _refuse_conflicts(engine_args: Any) -> None:
     for field, reason in _REFUSED.items():
         if getattr(engine_args, field, None):

@@ -67,8 +67,8 @@ def apply_flags(args: argparse.Namespace) -> None:
         JDLoRAError: flags that do not go together, or adapters that cannot be served.
     """
     if getattr(args, "lora_compression", None) is None:
-        if given := [name for name in _DEPENDENT if getattr(args, name, None) is not None]:
-            raise JDLoRAError(f"--{given[0].replace('_', '-')} needs --lora-compression jd")
+        if alone := [name for name in _DEPENDENT if getattr(args, name, None) is not None]:
+            raise JDLoRAError(f"--{alone[0].replace('_', '-')} needs --lora-compression jd")
         return
     if CONFIG_KEY in (getattr(args, "additional_config", None) or {}):
         if getattr(args, "_jdlora_applied", False):

@@ -62,11 +62,14 @@ def _wrap_create_engine_config(engine_args: Any) -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_jdlora.serving.options import ServingOptions
 
-        if ServingOptions.from_additional_config(self.additional_config) is not None:
-            from vllm_jdlora.serving.engine_settings import apply_to_engine_args
+        if ServingOptions.from_additional_config(self.additional_config) is None:
+            return original(self, *args, **kwargs)
+        from vllm_jdlora.serving.engine_settings import apply_to_engine_args, restore_compilation
 
-            apply_to_engine_args(self)
-        return original(self, *args, **kwargs)
+        apply_to_engine_args(self)
+        config = original(self, *args, **kwargs)
+        restore_compilation(config)
+        return config
 
     engine_args.create_engine_config = create_engine_config
 

@@ -23,7 +23,7 @@ class _SlotLimits:
         options = ServingOptions.from_additional_config(vllm_config.additional_config)
         assert options is not None and options.scaling_slots is not None and options.plain_slots is not None
         self._slots = {True: options.scaling_slots, False: options.plain_slots}
-        super().__init__(vllm_config=vllm_config, **kwargs)
+        super().__init__(vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
 
     def _handle_blocked_waiting_request(self, request: Any) -> bool:
         return super()._handle_blocked_waiting_request(request) and self._has_slot(request)  # type: ignore[misc]
