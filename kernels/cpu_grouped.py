@@ -22,9 +22,14 @@ class Run(NamedTuple):
     stop: int
 
 
-# Above this many tokens for each distinct adapter, one product for each adapter beats gathering Σ for each token
-# (prefill); below it, one batched product over gathered Σ beats many small calls (decode).
-_TOKENS_PER_RUN_TO_LOOP = 2.0
+# Σ of every token is gathered, and multiplied in one call, up to this many numbers for a layer (1 MiB); above it, and
+# where tokens share adapters, one product for each adapter reads less. Measured at rank 16 and 64, 32 tokens.
+_GATHERED_NUMBERS = 1 << 18
+
+
+# Expand with several clusters in the batch: one product over all clusters for a slice, or one for each cluster. A call
+# costs as much as about this many multiplications that hit zeros (10 µs; two cores with AVX-512).
+_FLOPS_OF_A_CALL = 1_000_000
 
 
 @dataclass
@@ -36,6 +41,7 @@ class TokenGroups:
         tokens: int64 [L], the sorted rows; ``None`` when they are all rows in their order.
         clusters: runs of equal cluster over the L sorted tokens.
         slots: runs of equal scaling slot over the L sorted tokens.
+        cluster_of_token: int64 [L].
         slot_of_token: int64 [L].
     """
 
@@ -43,6 +49,7 @@ class TokenGroups:
     tokens: torch.Tensor | None
     clusters: list[Run]
     slots: list[Run]
+    cluster_of_token: torch.Tensor
     slot_of_token: torch.Tensor
     _gathered: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -58,6 +65,7 @@ class TokenGroups:
             tokens=None if in_order else torch.from_numpy(order.astype(np.int64)),
             clusters=_runs(cluster),
             slots=_runs(slot),
+            cluster_of_token=torch.from_numpy(cluster.astype(np.int64)),
             slot_of_token=torch.from_numpy(slot.astype(np.int64)),
         )
 
@@ -97,7 +105,8 @@ def jd_linear_(
     Args:
         y: [T, sum of d_out over slices], any float dtype. Rows without an adapter are not touched.
         x: [T, d_in].
-        u: for each slice fp32 [C, d_out, R].
+        u: for each slice fp32 [d_out, C, R] (contiguous), so that a cluster's U and the U of all clusters side by
+            side are both one matrix.
         v: fp32 [C, slices · R, d_in], the slices of a cluster one below the other, so that q, k and v (which see
             the same x) cost one product.
         sigma: [slots, slices, R, R] or, for JD-Diag, [slots, slices, R].
@@ -136,7 +145,7 @@ def apply_sigma(hidden: torch.Tensor, sigma: torch.Tensor, groups: TokenGroups) 
     h = hidden.view(-1, slices, rank)
     if sigma.ndim == 3:
         return h * groups.gathered_sigma(sigma)
-    if h.shape[0] < _TOKENS_PER_RUN_TO_LOOP * len(groups.slots):
+    if h.shape[0] == len(groups.slots) or h.numel() * rank <= _GATHERED_NUMBERS:
         gathered = groups.gathered_sigma(sigma)
         return torch.bmm(gathered.view(-1, rank, rank), h.reshape(-1, rank, 1)).view(-1, slices, rank)
     out = torch.empty_like(h)
@@ -152,9 +161,19 @@ def apply_sigma(hidden: torch.Tensor, sigma: torch.Tensor, groups: TokenGroups) 
 
 def expand_(out: torch.Tensor, scaled: torch.Tensor, u: Sequence[torch.Tensor], groups: TokenGroups) -> None:
     """``out += U[c] · g`` for sorted tokens: out fp32 [L, sum of d_out], scaled fp32 [L, slices, R]."""
-    for cluster, start, stop in groups.clusters:
-        column = 0
-        for i, u_slice in enumerate(u):
-            width = u_slice.shape[1]
-            out[start:stop, column : column + width].addmm_(scaled[start:stop, i], u_slice[cluster].t())
-            column += width
+    clusters, rank = u[0].shape[1:]
+    active = len(groups.clusters)
+    zeros_too = 2 * clusters * rank * out.numel() <= (active - 1) * len(u) * _FLOPS_OF_A_CALL
+    if zeros_too:
+        placed = scaled.new_zeros(scaled.shape[1], scaled.shape[0], clusters, rank)
+        rows = torch.arange(scaled.shape[0])
+        placed[:, rows, groups.cluster_of_token] = scaled.transpose(0, 1)
+    column = 0
+    for i, u_slice in enumerate(u):
+        columns = out[:, column : column + u_slice.shape[0]]
+        if zeros_too:
+            columns.addmm_(placed[i].flatten(1), u_slice.flatten(1).t())
+        else:
+            for cluster, start, stop in groups.clusters:
+                columns[start:stop].addmm_(scaled[start:stop, i], u_slice[:, cluster].t())
+        column += u_slice.shape[0]

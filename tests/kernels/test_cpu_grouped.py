@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from vllm_jdlora.kernels import reference
+from vllm_jdlora.kernels import cpu_grouped, reference
 from vllm_jdlora.kernels.cpu_grouped import TokenGroups, jd_linear_
 
 WIDTHS, D_IN, CLUSTERS, SLOTS = (48, 16, 24), 40, 5, 7
@@ -34,6 +34,11 @@ def problem(tokens: int, rank: int, dtype: torch.dtype, diagonal: bool = False):
     return rand(tokens, sum(WIDTHS)).to(dtype), rand(tokens, D_IN).to(dtype), u, v, sigma
 
 
+def laid_out(u: list[torch.Tensor], v: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Bases of the reference in the kernel's layout."""
+    return [x.transpose(0, 1).contiguous() for x in u], torch.cat(v, dim=1)
+
+
 @pytest.mark.parametrize("kind", ["identical", "distinct", "uniform", "skewed", "base"])
 @pytest.mark.parametrize("rank", [8, 16, 32, 64])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16, 33, 133, 512])
@@ -43,7 +48,7 @@ def test_mixed_batches_equal_the_reference(tokens, rank, kind):
     clusters = np.where(slots < 0, -1, slots % CLUSTERS)
     expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
     out = y.clone()
-    jd_linear_(out, x, u, torch.cat(v, dim=1), sigma, TokenGroups.plan(clusters, slots))
+    jd_linear_(out, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
     # fp32 sums of up to 64 products in another order
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     base = torch.from_numpy(slots < 0)
@@ -56,7 +61,7 @@ def test_diagonal_scalings_equal_the_reference(kind):
     slots = popularity(kind, 33, np.random.default_rng(1))
     clusters = np.where(slots < 0, -1, slots % CLUSTERS)
     expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
-    jd_linear_(y, x, u, torch.cat(v, dim=1), sigma, TokenGroups.plan(clusters, slots))
+    jd_linear_(y, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -67,11 +72,22 @@ def test_bf16_output_is_rounded_once(tokens):
     clusters = np.where(slots < 0, -1, slots % CLUSTERS)
     expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
     before = y.clone()
-    jd_linear_(y, x, u, torch.cat(v, dim=1), sigma, TokenGroups.plan(clusters, slots))
+    jd_linear_(y, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
     # half a unit in the last place of bf16, and the fp32 sums' own error near a tie
     torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-5)
     base = torch.from_numpy(slots < 0)
     assert torch.equal(y[base], before[base])
+
+
+@pytest.mark.parametrize("all_clusters_at_once", [True, False])
+def test_both_forms_of_expand_equal_the_reference(monkeypatch, all_clusters_at_once):
+    monkeypatch.setattr(cpu_grouped, "_FLOPS_OF_A_CALL", 10**12 if all_clusters_at_once else 0)
+    y, x, u, v, sigma = problem(33, 16, torch.float32)
+    slots = popularity("uniform", 33, np.random.default_rng(3))
+    clusters = np.where(slots < 0, -1, slots % CLUSTERS)
+    expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
+    jd_linear_(y, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_plan_of_base_tokens_does_no_work():
@@ -83,10 +99,10 @@ def test_a_token_alone_and_in_a_crowd_gets_the_same_adapter():
     y, x, u, v, sigma = problem(16, 16, torch.float32)
     slots = np.arange(16) % SLOTS
     clusters = slots % CLUSTERS
-    fused = torch.cat(v, dim=1)
+    bases = laid_out(u, v)
     crowd = y.clone()
-    jd_linear_(crowd, x, u, fused, sigma, TokenGroups.plan(clusters, slots))
+    jd_linear_(crowd, x, *bases, sigma, TokenGroups.plan(clusters, slots))
     for t in range(16):
         alone = y[t : t + 1].clone()
-        jd_linear_(alone, x[t : t + 1], u, fused, sigma, TokenGroups.plan(clusters[t : t + 1], slots[t : t + 1]))
+        jd_linear_(alone, x[t : t + 1], *bases, sigma, TokenGroups.plan(clusters[t : t + 1], slots[t : t + 1]))
         torch.testing.assert_close(alone[0], crowd[t], rtol=1e-5, atol=1e-5)

@@ -63,7 +63,7 @@ class LayerPunicaCPU:
         self._shared = shared
         self._sigma = sigma
         self._v = _fuse_slices(layer)
-        self._u = [u[:, 0] for u in layer.lora_b_stacked]
+        self._u = _lay_bases_side_by_side(layer)
         self._handle = len(_LAYERS)
         _LAYERS.append(self)
 
@@ -101,6 +101,14 @@ def _fuse_slices(layer: Any) -> torch.Tensor:
     for view, old in zip(layer.lora_a_stacked, stacked, strict=True):
         view.copy_(old)
     return fused
+
+
+def _lay_bases_side_by_side(layer: Any) -> list[torch.Tensor]:
+    """U of each slice as [d_out, bases, R]; vLLM goes on writing through views of it."""
+    stacked = layer.lora_b_stacked
+    laid = [u[:, 0].transpose(0, 1).contiguous() for u in stacked]
+    layer.lora_b_stacked = tuple(u.transpose(0, 1)[:, None] for u in laid)
+    return laid
 
 
 def _slots_of(lora_ids: np.ndarray, lora_index_to_id: list[int | None]) -> np.ndarray:
