@@ -12,7 +12,7 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 
-from vllm_jdlora.adapter import Adapter, read_adapters
+from vllm_jdlora.adapter import Adapter, file_digest, read_adapters
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.demo.base_model import MODEL_NAME, prepare_base_model
@@ -123,7 +123,7 @@ def _up_to_date_collection(adapters_dir: Path, base: Path, folder: Path, step: S
     """The collection of the adapters in ``folder``: the one that is there if it has the same content, else new."""
     adapters, _ = read_adapters([adapters_dir])
     target = folder / "collection"
-    collection = _existing(target, adapters)
+    collection = _existing(target, adapters, base)
     how = "up to date"
     if collection is None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _up_to_date_collection(adapters_dir: Path, base: Path, folder: Path, step: S
     return collection
 
 
-def _existing(target: Path, adapters: list[Adapter]) -> Collection | None:
+def _existing(target: Path, adapters: list[Adapter], base: Path) -> Collection | None:
     if not target.exists():
         return None
     try:
@@ -157,6 +157,7 @@ def _existing(target: Path, adapters: list[Adapter]) -> Collection | None:
     # The demo sets no limit of error, so an adapter is plain only where it cannot be compressed.
     has = {(e.name, e.sha256) for e in manifest.adapters} | {(e.name, e.sha256) for e in manifest.plain}
     same = has == {(a.name, a.sha256) for a in adapters}
+    same &= manifest.base_model.fingerprint == file_digest(base / "config.json")
     return collection if same and (manifest.rank, manifest.clusters) == (RANK, CLUSTERS) else None
 
 
