@@ -1,0 +1,182 @@
+"""Collections that were damaged or made to harm: each is refused with a line that names the file."""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny_llama
+from vllm_jdlora.adapter import file_digest, read_adapter
+from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.build import compress
+from vllm_jdlora.collection.io import written_atomically
+from vllm_jdlora.collection.schema import BASES_FILE, MANIFEST_FILE
+from vllm_jdlora.errors import JDLoRAError
+
+SCALINGS = "scalings-00000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    root = tmp_path_factory.mktemp("untouched")
+    adapters = [read_adapter(tiny_llama.write_adapter(root / f"a{i}", i, targets=["q_proj"])) for i in range(3)]
+    return compress(adapters, root / "c", rank=4, clusters=2).path
+
+
+@pytest.fixture
+def collection(untouched, tmp_path):
+    return shutil.copytree(untouched, tmp_path / "c")
+
+
+def resealed(path, change):
+    """Change the manifest's JSON and give it a right revision again: an attacker can do that too."""
+    raw = json.loads((path / MANIFEST_FILE).read_text())
+    change(raw)
+    del raw["revision"]
+    raw["revision"] = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:32]
+    (path / MANIFEST_FILE).write_text(json.dumps(raw))
+
+
+def test_an_untouched_collection_opens(collection):
+    assert len(Collection.open(collection, verify=True).manifest.adapters) == 3
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, BASES_FILE, SCALINGS])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated"])
+def test_damaged_files_are_named(collection, name, damage):
+    file = collection / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, 0 if damage == "empty" else file.stat().st_size - 7)
+    with pytest.raises(JDLoRAError, match=name):
+        Collection.open(collection, verify=False)
+
+
+def test_one_flipped_bit_is_found(collection):
+    data = bytearray((collection / SCALINGS).read_bytes())
+    data[-3] ^= 1
+    (collection / SCALINGS).write_bytes(data)
+    Collection.open(collection, verify=False)
+    with pytest.raises(JDLoRAError, match=f"{SCALINGS}: was changed"):
+        Collection.open(collection, verify=True)
+
+
+def test_a_huge_header_is_refused(collection):
+    (collection / BASES_FILE).write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(JDLoRAError, match=BASES_FILE):
+        Collection.open(collection)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {k: v[:, :-1].contiguous() for k, v in t.items()},
+        lambda t: {k: v.float() for k, v in t.items()},
+        lambda t: dict(list(t.items())[1:]),
+        lambda t: t | {"extra": torch.zeros(1)},
+    ],
+    ids=["shape", "dtype", "missing", "extra"],
+)
+def test_tensors_that_do_not_fit_the_manifest_are_named(collection, change):
+    save_file(change(load_file(collection / BASES_FILE)), collection / BASES_FILE)
+    with pytest.raises(JDLoRAError, match=f"{BASES_FILE}: "):
+        Collection.open(collection, verify=False)
+
+
+def test_values_that_are_not_finite_are_named(collection):
+    tensors = load_file(collection / SCALINGS)
+    tensors["sigma"][1, 0, 0, 0] = torch.nan
+    save_file(tensors, collection / SCALINGS)
+    resealed(collection, lambda raw: raw["files"].__setitem__(SCALINGS, file_digest(collection / SCALINGS)))
+    with pytest.raises(JDLoRAError, match=f"{SCALINGS}: sigma holds NaN"):
+        Collection.open(collection, verify=True)
+
+
+def set_name(value):
+    return lambda raw: raw["adapters"][0].__setitem__("name", value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (set_name("../../etc/passwd"), "looks like a path"),
+        (set_name("a\nb"), "control characters"),
+        (set_name("a1"), "two adapters have one name"),
+        (set_name(7), "name is 7"),
+        (lambda raw: raw["adapters"][0].__setitem__("cluster", 9), "cluster 9"),
+        (lambda raw: raw["adapters"][0].__setitem__("cluster", -1), "cluster -1"),
+        (lambda raw: raw["adapters"][0].__setitem__("relative_error", float("nan")), "error nan"),
+        (lambda raw: raw["adapters"].pop(), r"errors\.safetensors"),
+        (lambda raw: raw.__setitem__("rank", 0), "rank"),
+        (lambda raw: raw.__setitem__("rank", True), "rank"),
+        (lambda raw: raw.__setitem__("rank", 5), "says BF16"),
+        (lambda raw: raw.__setitem__("format_version", 2), "format_version"),
+        (lambda raw: raw.__setitem__("method", "magic"), "magic"),
+        (lambda raw: raw.__setitem__("surprise", 1), "surprise"),
+        (lambda raw: raw.__delitem__("slices"), "slices"),
+        (lambda raw: raw["files"].__setitem__("../x.safetensors", "0" * 64), "not a file of a collection"),
+        (lambda raw: raw["files"].__delitem__(SCALINGS), SCALINGS),
+    ],
+)
+def test_manifests_that_lie_are_refused(collection, change, told):
+    resealed(collection, change)
+    with pytest.raises(JDLoRAError, match=told) as error:
+        Collection.open(collection, verify=True)
+    assert str(collection) in str(error.value)
+
+
+def test_an_edited_manifest_is_found_by_its_revision(collection):
+    raw = json.loads((collection / MANIFEST_FILE).read_text())
+    raw["adapters"][0]["relative_error"] = 0.0
+    (collection / MANIFEST_FILE).write_text(json.dumps(raw))
+    with pytest.raises(JDLoRAError, match="revision does not belong"):
+        Collection.open(collection, verify=False)
+
+
+def test_a_linked_tensor_file_is_refused(collection, tmp_path):
+    (collection / BASES_FILE).rename(tmp_path / "elsewhere")
+    (collection / BASES_FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(JDLoRAError, match="is a link"):
+        Collection.open(collection, verify=False)
+
+
+def test_a_deep_json_is_refused(collection):
+    (collection / MANIFEST_FILE).write_text("[" * 100_000)
+    with pytest.raises(JDLoRAError, match=MANIFEST_FILE):
+        Collection.open(collection)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    target = tmp_path / "c"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(RuntimeError), written_atomically(target, force=True) as folder:
+        (folder / "new").write_text("new")
+        raise RuntimeError("disk full, say")
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and (target / "old").read_text() == "old"
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
+    target = tmp_path / "c"
+    target.mkdir()
+    with pytest.raises(JDLoRAError, match="--force"), written_atomically(target) as folder:
+        pass
+    with written_atomically(target, force=True) as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_file_in_the_way_is_never_replaced(tmp_path):
+    (tmp_path / "c").write_text("mine")
+    with pytest.raises(JDLoRAError, match="not a folder"), written_atomically(tmp_path / "c", force=True):
+        pass
+    assert (tmp_path / "c").read_text() == "mine"
