@@ -108,8 +108,11 @@ def run_demo(
 
 def serve_arguments(base: Path, collection: Collection, template: Path, environment: Environment) -> list[str]:
     """What follows ``vllm serve``: the model, the collection, and limits that keep it small."""
+    # Compiling the model takes a C++ compiler and a minute, at the first start: more than a few answers gain.
+    eager = ["--enforce-eager"] if environment.device == "cpu" else []
     return [
         str(base),
+        *eager,
         *("--served-model-name", MODEL_NAME),
         *("--lora-compression", "jd", "--lora-collection", str(collection.path)),
         *("--chat-template", str(template)),
