@@ -13,7 +13,7 @@ arguments = sys.argv[1:]
 print("arguments:", " ".join(arguments), flush=True)
 behaviour = os.environ["FAKE_VLLM"]
 if behaviour == "dies":
-    print("(EngineCore pid=1) ERROR ValueError: the weights are not there", file=sys.stderr)
+    print("(EngineCore pid=1) ERROR 11-24 10:03:04 [core.py:9] ValueError: the weights are not there", file=sys.stderr)
     print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
     sys.exit(1)
 

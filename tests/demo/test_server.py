@@ -106,9 +106,18 @@ def test_a_port_that_is_taken_is_not_chosen():
     assert free_port(port) == port
 
 
-def test_a_jdlora_refusal_is_found_in_a_log():
-    log = "INFO starting\nvllm: error: --lora-collection needs --lora-compression jd\n"
-    assert server_module._first_cause(log) == "--lora-collection needs --lora-compression jd"
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("vllm: error: --lora-collection needs a folder", "--lora-collection needs a folder"),
+        ("(Worker pid=3) ERROR 11-24 10:03:04 [w.py:1] torch.OutOfMemoryError: full", "OutOfMemoryError: full"),
+        ("ValueError: no such model", "ValueError: no such model"),
+        ("(APIServer pid=8) WARNING 11-24 10:03:04 [s.py:2] may cause fd limit errors like `OSError: [Errno 24]", None),
+        ("RuntimeError: Engine core initialization failed. See root cause above.", None),
+    ],
+)
+def test_the_first_error_of_a_log_is_its_cause(line, cause):
+    assert server_module._first_cause(f"INFO starting\n{line}\nINFO ending\n") == cause
 
 
 def test_without_the_vllm_command_the_error_says_what_to_do(monkeypatch, tmp_path):

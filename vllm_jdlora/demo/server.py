@@ -26,7 +26,11 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 _STOP_SECONDS = 20.0
 _POLL_SECONDS = 0.5
-_CAUSE = re.compile(r"(?:\bvllm: error: |\b(?=\w*(?:Error|Exception): ))(.+)")
+# What vLLM logs of an exception: "(EngineCore pid=7) ERROR 11-24 10:03:04 [core.py:9] ValueError: …", also without
+# process or level. An exception quoted in a warning is none.
+_CAUSE = re.compile(
+    r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?(?:vllm: error: |(?:\w+\.)*(?=\w*(?:Error|Exception): ))(.+)$", re.MULTILINE
+)
 _WRAPPERS = ("Engine core initialization failed", "WorkerProc initialization failed")
 
 
