@@ -1,14 +1,20 @@
 """The demonstration as a whole."""
 
 import io
+import json
+import shlex
 
 import pytest
 from rich.console import Console
 
 from vllm_jdlora.adapter import read_adapters
 from vllm_jdlora.demo import run as run_module
+from vllm_jdlora.demo.base_model import MODEL_NAME
 from vllm_jdlora.demo.progress import Step
+from vllm_jdlora.demo.report import print_curl
+from vllm_jdlora.demo.requests import read_requests
 from vllm_jdlora.demo.run import CLUSTERS, DATA, RANK, run_demo
+from vllm_jdlora.demo.server import ServerFailed
 
 
 class _CountedCompress:
@@ -52,6 +58,46 @@ def test_the_collection_is_made_again_only_when_its_content_differs(tmp_path, mo
     (base / "config.json").write_text('{"hidden_size": 1}')
     collection()
     assert counted.calls == 5
+
+
+class _ServerThat:
+    """As much of a server as staying up needs: ``exit_code`` does what it is told, then what is next."""
+
+    log_path = "server.log"
+
+    def __init__(self, *behaviours):
+        self.behaviours = list(behaviours)
+
+    def exit_code(self):
+        behaviour = self.behaviours.pop(0)
+        if isinstance(behaviour, BaseException):
+            raise behaviour
+        return behaviour
+
+    def log_tail(self):
+        return "the end"
+
+
+def test_staying_up_ends_at_ctrl_c(monkeypatch):
+    monkeypatch.setattr(run_module.time, "sleep", lambda seconds: None)
+    server = _ServerThat(None, None, KeyboardInterrupt())
+    run_module._wait_for_interrupt(server)
+    assert server.behaviours == []
+
+
+def test_staying_up_fails_when_the_server_ends_by_itself(monkeypatch):
+    monkeypatch.setattr(run_module.time, "sleep", lambda seconds: None)
+    with pytest.raises(ServerFailed, match="exit code 7") as failure:
+        run_module._wait_for_interrupt(_ServerThat(None, 7))
+    assert failure.value.log_tail == "the end"
+
+
+def test_the_command_to_copy_is_one_line_that_a_shell_reads_back():
+    output = io.StringIO()
+    request = read_requests(DATA / "requests.json", ["task379_agnews_topic_classification"])[0]
+    print_curl(Console(file=output, width=40), "http://127.0.0.1:1", request)
+    words = shlex.split(output.getvalue().splitlines()[-1])
+    assert words[0] == "curl" and json.loads(words[-1]) == request.body(MODEL_NAME)
 
 
 @pytest.mark.server
