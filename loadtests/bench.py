@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32, help="concurrent requests")
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=None, help="default: bfloat16 where the CPU has it, else float32")
     parser.add_argument("--only", nargs="*", choices=[c.key for c in CONFIGURATIONS], help="leave the others out")
     parser.add_argument("--results", type=Path, default=ROOT / "loadtests" / "results" / "bench.jsonl")

@@ -8,7 +8,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import touchpoints
 
 
-@pytest.mark.parametrize("where", ["frontend", "engine", "worker"])
+@pytest.mark.parametrize("where", ["frontend", "engine", "worker", "cuda"])
 def test_the_installed_vllm_fits_the_register(where):
     touchpoints.check(where)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_jdlora.adapter import read_adapter
+from vllm_jdlora.adapter import file_digest, read_adapter
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import touchpoints
@@ -17,6 +19,8 @@ from vllm_jdlora.serving.options import (
     buffer_rank,
     resolve_scaling_slots,
 )
+
+logger = logging.getLogger("vllm.jdlora")
 
 WORKER = "vllm_jdlora.serving.worker.JDWorker"
 SCHEDULER = "vllm_jdlora.serving.scheduler.jd_scheduler"
@@ -47,8 +51,9 @@ def apply_to_engine_args(engine_args: Any) -> None:
     collection = Collection.open(absolute(options.collection), verify=first_time)
     manifest = collection.manifest
     _refuse_errors_above_limit(collection, options.max_error)
+    _warn_of_another_base_model(collection, engine_args.model)
     plain_slots = options.plain_slots or engine_args.max_loras
-    rank = buffer_rank(max(manifest.rank, engine_args.max_lora_rank))
+    rank = buffer_rank(max([manifest.rank, engine_args.max_lora_rank, *(p.rank for p in manifest.plain)]))
     scaling_bytes = len(manifest.slices) * rank * rank * torch.finfo(torch.float32).bits // 8
     options = dataclasses.replace(
         options,
@@ -105,6 +110,19 @@ def _refuse_conflicts(engine_args: Any) -> None:
 
         if current_platform.is_cpu():
             raise JDLoRAError("--fully-sharded-loras cannot be used with --lora-compression jd on CPU")
+
+
+def _warn_of_another_base_model(collection: Collection, model: str) -> None:
+    """Sizes are compared when the model is loaded; another config of the same sizes may be a mistake or a rename."""
+    made_for = collection.manifest.base_model
+    config = Path(model) / "config.json"
+    if made_for.fingerprint and config.is_file() and file_digest(config) != made_for.fingerprint:
+        logger.warning(
+            "%s was made for base model %s, whose config.json differs from %s: check that the adapters belong to it",
+            collection.path,
+            made_for.name,
+            config,
+        )
 
 
 def _refuse_errors_above_limit(collection: Collection, max_error: float | None) -> None:

@@ -98,7 +98,12 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         if current_platform.is_cpu():
             from vllm_jdlora.serving.punica_cpu import JDPunicaCPU
 
-            self._punica: Any = JDPunicaCPU(max_num_batched_tokens, self.max_num_seqs, self.device)
+            self._punica: Any = JDPunicaCPU(
+                max_num_batched_tokens,
+                self.max_num_seqs,
+                self.device,
+                vllm_config.compilation_config.static_forward_context,
+            )
         else:
             from vllm_jdlora.serving.punica_gpu import JDPunicaGPU
 
@@ -120,7 +125,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
                     f"{name} ({type(module).__name__}) is not a linear LoRA layer: leave it out of "
                     "--lora-target-modules; adapters that target it are not served with compression"
                 )
-            module.set_mapping(self._punica.for_layer(module, sigma[:, self._slices.rows_of(name)]))
+            module.set_mapping(self._punica.for_layer(name, module, sigma[:, self._slices.rows_of(name)]))
         return sigma
 
     def _load_bases(self, rank: int) -> None:

@@ -18,7 +18,7 @@ class JDPunica(Protocol):
         content of a slot has changed.
         """
 
-    def for_layer(self, layer: Any, sigma: torch.Tensor) -> Any:
+    def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> Any:
         """The wrapper that one LoRA layer gets through ``set_mapping``.
 
         vLLM hands every layer the same wrapper and no layer knows its place in the model, but Σ differs from layer

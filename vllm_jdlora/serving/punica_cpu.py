@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
@@ -21,8 +22,15 @@ class JDPunicaCPU(PunicaWrapperBase):
     last slot; nothing of it is used here.
     """
 
-    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str):
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device | str,
+        forward_context_layers: dict[str, Any],
+    ):
         super().__init__(max_num_batched_tokens, max_batches, device)
+        self._forward_context_layers = forward_context_layers
         self._token_base = _NO_TOKENS
         self.groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
 
@@ -41,9 +49,11 @@ class JDPunicaCPU(PunicaWrapperBase):
     def update_scaling_slots(self, token_slots: np.ndarray) -> None:
         self.groups = TokenGroups.plan(self._token_base, token_slots)
 
-    def for_layer(self, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
+    def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
         """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
-        return LayerPunicaCPU(self, layer, sigma)
+        wrapper = LayerPunicaCPU(self, f"{name}.jdlora", layer, sigma)
+        self._forward_context_layers[wrapper.name] = wrapper
+        return wrapper
 
     def _unreachable(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("this LoRA layer should have been refused at start-up: only linear layers are served on CPU")
@@ -56,16 +66,16 @@ class LayerPunicaCPU:
     """The wrapper that one layer sees; it owns the layer's V, laid out so that shrink is one product for all slices.
 
     The layer reaches the kernel through an operator that torch.compile does not look into, so that vLLM can compile
-    the model around it.
+    the model around it. The operator finds the layer by name in vLLM's forward context, as attention does: compiled
+    code that vLLM caches on disk is then right for any engine.
     """
 
-    def __init__(self, shared: JDPunicaCPU, layer: Any, sigma: torch.Tensor):
+    def __init__(self, shared: JDPunicaCPU, name: str, layer: Any, sigma: torch.Tensor):
         self._shared = shared
+        self.name = name
         self._sigma = sigma
         self._v = _fuse_slices(layer)
         self._u = _lay_bases_side_by_side(layer)
-        self._handle = len(_LAYERS)
-        _LAYERS.append(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared, name)
@@ -81,7 +91,7 @@ class LayerPunicaCPU:
         **kwargs: Any,
     ) -> None:
         """``y += U Σ V x``; ``scale`` is 1 in every caller, adapters' scalings are folded into Σ."""
-        torch.ops.vllm_jdlora.linear_cpu_(y, x, self._handle)
+        torch.ops.vllm_jdlora.linear_cpu_(y, x, self.name)
 
     def run(self, y: torch.Tensor, x: torch.Tensor) -> None:
         groups = self._shared.groups
@@ -118,18 +128,15 @@ def _slots_of(lora_ids: np.ndarray, lora_index_to_id: list[int | None]) -> np.nd
     return np.array([index_of[int(i)] if i > 0 else -1 for i in unique], dtype=np.int64)[inverse]
 
 
-# The layers of this process by handle: an operator takes tensors and numbers only.
-_LAYERS: list[LayerPunicaCPU] = []
-
 _library = torch.library.Library("vllm_jdlora", "FRAGMENT")
-_library.define("linear_cpu_(Tensor(a!) y, Tensor x, int layer) -> ()")
+_library.define("linear_cpu_(Tensor(a!) y, Tensor x, str layer) -> ()")
 
 
 @torch.library.impl(_library, "linear_cpu_", "CPU")
-def _linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:
-    _LAYERS[layer].run(y, x)
+def _linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: str) -> None:
+    get_forward_context().no_compile_layers[layer].run(y, x)
 
 
 @torch.library.register_fake("vllm_jdlora::linear_cpu_", lib=_library)
-def _fake_linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:
+def _fake_linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: str) -> None:
     """What torch.compile sees: ``y`` is mutated, nothing is returned."""

@@ -54,7 +54,7 @@ class JDPunicaGPU(PunicaWrapperGPU):  # @final there is for type checkers only
         rows[tokens:] = -1
         self._token_slots.copy_(staged, non_blocking=True)
 
-    def for_layer(self, layer: Any, sigma: torch.Tensor) -> JDLayerPunica:
+    def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> JDLayerPunica:
         """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
         return JDLayerPunica(self, sigma)
 

@@ -247,6 +247,12 @@ REGISTER: tuple[Touchpoint, ...] = (
         ("name", "weights_mapper"),
     ),
     Touchpoint(
+        "vllm.forward_context",
+        "get_forward_context",
+        "call",
+        "the CPU operator finds its layer in no_compile_layers, which is compilation_config.static_forward_context",
+    ),
+    Touchpoint(
         "vllm.lora.punica_wrapper.punica_base",
         "PunicaWrapperBase.update_metadata",
         "override",
