@@ -215,3 +215,13 @@ def test_a_folder_without_adapters_is_told(tmp_path):
         read_adapters([tmp_path])
     with pytest.raises(JDLoRAError, match="no such folder"):
         read_adapters([tmp_path / "none"])
+
+
+def test_a_linked_folder_keeps_the_name_of_the_link(tmp_path):
+    # Download caches keep content under digests and link readable names to it.
+    folder = tiny_llama.write_adapter(tmp_path / "cache" / "0123abcd", 1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "antonyms").symlink_to(folder)
+    adapters, _ = read_adapters([tmp_path / "mine"])
+    assert [a.name for a in adapters] == ["antonyms"]
+    assert read_adapter(folder / ".").name == "0123abcd"

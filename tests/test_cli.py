@@ -74,6 +74,26 @@ def test_one_bad_adapter_stops_the_run_or_is_skipped_and_listed(adapters, tmp_pa
     assert [s["name"] for s in listed] == ["a1"]
 
 
+def test_an_adapter_of_another_base_model_is_skipped_too(adapters, tmp_path, capsys):
+    file = adapters / "a3" / "adapter_config.json"
+    file.write_text(file.read_text().replace("tiny-llama", "other"))
+    command = ["compress", str(adapters), "-o", str(tmp_path / "c"), "--rank", "4"]
+    assert main(command) == 2
+    assert "a3/adapter_config.json" in one_error_line(capsys)
+    assert main([*command, "--skip-bad"]) == 0
+    assert "skipped: a3" in capsys.readouterr().out
+
+
+def test_names_and_reasons_are_never_obeyed_by_the_terminal(adapters, tmp_path, capsys):
+    (adapters / "a0").rename(adapters / "[red]")
+    (adapters / "a1").rename(adapters / "[b")
+    (adapters / "a2").rename(adapters / "\x1b[2J\n")
+    assert main(["compress", str(adapters), "-o", str(tmp_path / "[bold]c"), "--rank", "4", "--skip-bad"]) == 0
+    out = capsys.readouterr().out
+    assert "[bold]c" in out and "[red] " in out and "[b " in out
+    assert "\x1b[2J" not in out and r"skipped: \x1b[2J\n" in out
+
+
 def test_without_rank_and_clusters_the_papers_rule_holds(adapters, tmp_path, capsys):
     assert main(["compress", str(adapters), "-o", str(tmp_path / "c"), "--clusters", "auto", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -5,6 +5,7 @@ What is accepted and refused follows vLLM 0.32 (``vllm/lora/lora_model.py``, ``u
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_adapter(path: Path, name: str | None = None) -> Adapter:
         JDLoRAError: the first thing found wrong, with the file and tensor it is in.
     """
     path = Path(path)
-    name = path.resolve().name if name is None else name
+    name = folder_name(path) if name is None else name
     check_adapter_name(name)
     config = PeftConfig.read(path / CONFIG_FILE)
     weights_file = path / WEIGHTS_FILE
@@ -144,7 +145,7 @@ def read_adapters(paths: Iterable[Path], *, skip_bad: bool = False) -> tuple[lis
     adapters: dict[str, Adapter] = {}
     skipped: list[tuple[str, str]] = []
     for folder in _adapter_folders(paths):
-        name = folder.resolve().name
+        name = folder_name(folder)
         if name in adapters:
             raise JDLoRAError(f"{folder}: a second adapter named {name!r} (the first: {adapters[name].path})")
         try:
@@ -157,6 +158,11 @@ def read_adapters(paths: Iterable[Path], *, skip_bad: bool = False) -> tuple[lis
         reason = f"; all {len(skipped)} were bad, the first: {skipped[0][1]}" if skipped else ""
         raise JDLoRAError(f"no adapters to read{reason}")
     return [adapters[name] for name in sorted(adapters)], sorted(skipped)
+
+
+def folder_name(path: Path) -> str:
+    """The name an adapter gets from its folder. Links keep their own name: caches link readable names to digests."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def check_adapter_name(name: str) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except JDLoRAError as error:
-        print(f"jdlora: {error}", file=sys.stderr)
+        print(f"jdlora: {_printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jdlora: stopped; nothing was left behind", file=sys.stderr)
@@ -73,6 +74,7 @@ def _add_compress(commands: Any) -> None:
 
 def _compress(args: argparse.Namespace) -> int:
     from vllm_jdlora.adapter import read_adapters
+    from vllm_jdlora.collection.base_model import of_one_base_model
     from vllm_jdlora.collection.build import compress
 
     if args.max_error is not None and not 0 <= args.max_error <= 1:
@@ -83,6 +85,9 @@ def _compress(args: argparse.Namespace) -> int:
     with _progress() as show:
         show("read adapters", 0, 1)
         adapters, skipped = read_adapters(args.adapters, skip_bad=args.skip_bad)
+        if args.skip_bad:
+            adapters, others, _ = of_one_base_model(adapters, args.base_model, skip_others=True)
+            skipped = sorted([*skipped, *others])
         show("read adapters", 1, 1)
         collection = compress(
             adapters,
@@ -134,7 +139,7 @@ def _validate(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"valid": False, "problem": str(error)}))
         else:
-            print(f"jdlora: {error}", file=sys.stderr)
+            print(f"jdlora: {_printable(str(error))}", file=sys.stderr)
         return 1
     n = len(collection.manifest.adapters)
     if args.json:
@@ -217,32 +222,38 @@ def _report(collection: Collection, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     size, error = facts["bytes"], facts["relative_error"]
-    console.print(
-        f"[bold]{collection.path}[/bold]  base model {facts['base_model']['name'] or 'unknown'}, revision "
-        f"{facts['revision']}",
-        highlight=False,
+    # Names and reasons come from outside: never markup, never control characters.
+    show = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    show(
+        Text(_printable(str(collection.path)), "bold"),
+        _printable(f" base model {facts['base_model']['name'] or 'unknown'}, revision {facts['revision']}"),
     )
-    console.print(
+    show(
         f"{len(facts['adapters'])} compressed adapters: rank {facts['rank']}, {facts['clusters']} clusters, "
         f"{facts['slices']} slices, {facts['dtype']}; {_bytes(size['collection'])} for "
         f"{_bytes(size['adapters_in_bf16'])} of adapters, {facts['compression_ratio']:.1f} times smaller at a relative "
         f"error of {error['mean']:.3f} (mean), {error['max']:.3f} (max); {_bytes(size['one_scaling'])} for each "
-        "further adapter",
-        highlight=False,
+        "further adapter"
     )
     table = Table("adapter", "cluster", "relative error", "ρ", box=None)
     for entry in sorted(facts["adapters"], key=lambda a: (a["cluster"], a["name"])):
-        table.add_row(entry["name"], str(entry["cluster"]), f"{entry['relative_error']:.3f}", str(entry["rank"]))
+        table.add_row(Text(entry["name"]), str(entry["cluster"]), f"{entry['relative_error']:.3f}", str(entry["rank"]))
     for entry in facts["plain"]:
-        table.add_row(entry["name"], "plain", "0", str(entry["rank"]))
+        table.add_row(Text(entry["name"]), "plain", "0", str(entry["rank"]))
     console.print(table)
     for entry in facts["plain"]:
-        console.print(f"plain: {entry['name']}: {entry['reason']}", highlight=False, markup=False)
+        show(_printable(f"plain: {entry['name']}: {entry['reason']}"))
     for entry in facts["skipped"]:
-        console.print(f"skipped: {entry['name']}: {entry['reason']}", highlight=False, markup=False)
+        show(_printable(f"skipped: {entry['name']}: {entry['reason']}"))
+
+
+def _printable(text: str) -> str:
+    """One line without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _bytes(count: float) -> str:

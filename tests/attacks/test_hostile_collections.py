@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     target = tmp_path / "c"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(RuntimeError), written_atomically(target, force=True) as folder:
+    with pytest.raises(RuntimeError), written_atomically(target, "old", force=True) as folder:
         (folder / "new").write_text("new")
         raise RuntimeError("disk full, say")
     assert [p.name for p in tmp_path.iterdir()] == ["c"] and (target / "old").read_text() == "old"
@@ -168,15 +168,91 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     target = tmp_path / "c"
     target.mkdir()
-    with pytest.raises(JDLoRAError, match="--force"), written_atomically(target) as folder:
+    (target / "mark").touch()
+    with pytest.raises(JDLoRAError, match="--force"), written_atomically(target, "mark") as folder:
         pass
-    with written_atomically(target, force=True) as folder:
+    with written_atomically(target, "mark", force=True) as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in target.iterdir()] == ["new"] and [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_file_in_the_way_is_never_replaced(tmp_path):
     (tmp_path / "c").write_text("mine")
-    with pytest.raises(JDLoRAError, match="not a folder"), written_atomically(tmp_path / "c", force=True):
+    with pytest.raises(JDLoRAError, match="not a folder"), written_atomically(tmp_path / "c", "mark", force=True):
         pass
     assert (tmp_path / "c").read_text() == "mine"
+
+
+def test_force_never_replaces_a_folder_of_other_things(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(JDLoRAError, match="not replaced"), written_atomically(tmp_path, MANIFEST_FILE, force=True):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("interruption", [OSError("disk"), KeyboardInterrupt()])
+def test_an_interruption_between_the_two_renames_puts_the_old_folder_back(tmp_path, monkeypatch, interruption):
+    target = tmp_path / "c"
+    target.mkdir()
+    (target / "mark").write_text("old")
+
+    def stopped(*_):
+        raise interruption
+
+    monkeypatch.setattr(os, "rename", stopped)
+    with (
+        pytest.raises((JDLoRAError, KeyboardInterrupt)),
+        written_atomically(target, "mark", force=True) as folder,
+    ):
+        (folder / "mark").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["c"] and (target / "mark").read_text() == "old"
+
+
+def test_others_may_read_what_was_written(collection):
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in collection.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file.name
+
+
+# --- plain adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_plain(tmp_path):
+    folders = [tiny_llama.write_adapter(tmp_path / f"a{i}", 1, targets=["q_proj"]) for i in range(3)]
+    folders.append(tiny_llama.write_adapter(tmp_path / "stranger", 99, targets=["q_proj"]))
+    adapters = [read_adapter(folder) for folder in folders]
+    return compress(adapters, tmp_path / "p", rank=4, clusters=1, max_error=0.5).path
+
+
+def test_a_plain_adapter_that_is_a_link_is_refused(with_plain, tmp_path):
+    folder = with_plain / "plain" / "stranger"
+    shutil.rmtree(folder)
+    folder.symlink_to(tmp_path / "stranger")
+    with pytest.raises(JDLoRAError, match="stranger: is a link or missing"):
+        Collection.open(with_plain, verify=False)
+
+
+def test_a_plain_adapter_that_is_gone_or_changed_is_named(with_plain):
+    config = with_plain / "plain" / "stranger" / "adapter_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(JDLoRAError, match="stranger: was changed"):
+        Collection.open(with_plain, verify=True)
+    config.unlink()
+    with pytest.raises(JDLoRAError, match=r"adapter_config\.json: is a link or missing"):
+        Collection.open(with_plain, verify=False)
+
+
+@pytest.mark.parametrize("value", [7, None, "", "a\x1b[2Jb"])
+def test_slice_names_are_lines_of_text(collection, value):
+    resealed(collection, lambda raw: raw["slices"][0].__setitem__("name", value))
+    with pytest.raises(JDLoRAError, match="name"):
+        Collection.open(collection, verify=False)
+
+
+@pytest.mark.parametrize("value", [64.0, "64", True, 0])
+def test_slice_shapes_are_whole_numbers(collection, value):
+    resealed(collection, lambda raw: raw["slices"][0].__setitem__("d_in", value))
+    with pytest.raises(JDLoRAError, match=r"d_in|empty shape"):
+        Collection.open(collection, verify=False)

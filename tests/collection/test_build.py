@@ -1,5 +1,6 @@
 """Compressing real adapters: stored errors against dense products, what stays plain, and PEFT's reading of exports."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from tests import reference, tiny_llama
 from vllm_jdlora.adapter import read_adapter, read_adapters
 from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.base_model import of_one_base_model
 from vllm_jdlora.collection.build import compress, paper_choice
 from vllm_jdlora.collection.export import export_adapter
 from vllm_jdlora.errors import JDLoRAError
@@ -71,6 +73,8 @@ def test_adapters_above_the_error_limit_stay_plain(tmp_path):
     assert collection.manifest.plain[0].relative_error > 0.5
     assert read_adapter(collection.plain_path("stranger")).sha256 == adapters[-1].sha256
     assert all(a.relative_error <= 0.5 for a in collection.manifest.adapters)
+    with pytest.raises(JDLoRAError, match=r"kept uncompressed: copy .*plain/stranger"):
+        export_adapter(collection, "stranger", tmp_path / "export")
     with pytest.raises(JDLoRAError, match="every adapter has a relative error above"):
         compress(adapters, tmp_path / "none", rank=1, clusters=1, max_error=0.0)
     assert not (tmp_path / "none").exists()
@@ -117,13 +121,58 @@ def test_an_export_equals_the_compressed_adapter_in_peft(tmp_path, partial):
     assert read_adapter(tmp_path / "export", "mine").rank == 5
 
 
-@pytest.mark.parametrize(("config", "told"), [("llama-3", "adapter is for base model 'other/model'")])
-def test_adapters_of_another_base_model_are_refused(tmp_path, config, told):
-    folders = [tiny_llama.write_adapter(tmp_path / f"a{i}", i) for i in range(2)]
-    file = folders[1] / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "other/model"}))
-    with pytest.raises(JDLoRAError, match=told):
-        compress([read_adapter(f) for f in folders], tmp_path / "c", rank=2, clusters=1)
+def with_config(folder: Path, **changes) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_adapters_of_another_base_model_are_refused(tmp_path):
+    folders = [tiny_llama.write_adapter(tmp_path / f"a{i}", i) for i in range(3)]
+    with_config(folders[0], base_model_name_or_path="other/model")
+    with_config(folders[1], base_model_name_or_path="some/where/Tiny-Llama")
+    adapters = [read_adapter(f) for f in folders]
+    with pytest.raises(JDLoRAError, match=r"a0/adapter_config.json: the adapter is for base model 'other/model'"):
+        compress(adapters, tmp_path / "c", rank=2, clusters=1)
+    with pytest.raises(JDLoRAError, match=r"a1/adapter_config.json: .* --base-model is 'hub/model'"):
+        compress(adapters, tmp_path / "c", rank=2, clusters=1, base_model="hub/model")
+    same, others, base = of_one_base_model(adapters, skip_others=True)
+    assert [a.name for a in same] == ["a1", "a2"] and [name for name, _ in others] == ["a0"]
+    assert base.name == "some/where/Tiny-Llama"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"hidden_size": 128}, "is 64 x 128, with .*config.json it would be 128 x 128"),
+        ({"intermediate_size": 96}, r"mlp\.\w+_proj is "),
+        ({"num_key_value_heads": 4}, r"[kv]_proj is 64 x 64, with .* it would be 128 x 64"),
+        ({"num_hidden_layers": 1}, "beyond the 1 layers"),
+        ({"model_type": "unheard-of", "hidden_size": 7}, None),
+    ],
+)
+def test_the_base_models_own_config_decides_by_shape(tmp_path, change, told):
+    model = tiny_llama.write_model(tmp_path / "model")
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    adapters = [read_adapter(tiny_llama.write_adapter(tmp_path / "a0", 0))]
+    if told is None:
+        base = of_one_base_model(adapters, str(model))[2]
+        assert base.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()
+    else:
+        with pytest.raises(JDLoRAError, match=told):
+            of_one_base_model(adapters, str(model))
+
+
+def test_scalings_that_overflow_the_storage_dtype_are_named(tmp_path):
+    folder = with_config(tiny_llama.write_adapter(tmp_path / "a0", 0), lora_alpha=1e6)
+    adapters = [read_adapter(folder), read_adapter(tiny_llama.write_adapter(tmp_path / "a1", 1))]
+    with pytest.raises(JDLoRAError, match="a0: its scaling matrices do not fit into fp16"):
+        compress(adapters, tmp_path / "c", rank=4, clusters=1, dtype="fp16")
+    assert (
+        max(a.relative_error for a in compress(adapters, tmp_path / "c", rank=8, clusters=1).manifest.adapters) < 0.02
+    )
 
 
 def test_more_clusters_than_adapters_are_refused_and_leave_nothing(tmp_path):

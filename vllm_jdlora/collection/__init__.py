@@ -2,4 +2,6 @@
 
 from vllm_jdlora.collection.io import Collection
 
-__all__ = ["Collection"]
+open_collection = Collection.open
+
+__all__ = ["Collection", "open_collection"]

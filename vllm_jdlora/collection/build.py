@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, file_digest
+from vllm_jdlora.collection.base_model import of_one_base_model
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
 from vllm_jdlora.collection.schema import (
     BASES_FILE,
     ERRORS_FILE,
     MANIFEST_FILE,
     AdapterEntry,
-    BaseModel,
     CollectionManifest,
     PlainEntry,
     SkippedEntry,
@@ -86,7 +85,7 @@ def compress(
         max_error: adapters with a relative error above it are stored uncompressed.
         dtype: of bases and scalings on disk: ``bf16``, ``fp16`` or ``fp32``.
         base_model: name or folder of the base model, for the check that the adapters belong to it.
-        force: replace an existing ``output``.
+        force: replace an existing collection at ``output``.
         skipped: (name, reason) of adapters that could not be read, for the record.
         progress: called as (stage, done, total).
 
@@ -96,7 +95,7 @@ def compress(
     if dtype not in TORCH_DTYPES:
         raise JDLoRAError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
     adapters = sorted(adapters, key=lambda a: a.name)
-    base = _base_model(adapters, base_model)
+    _, _, base = of_one_base_model(adapters, base_model)
     plain: list[tuple[Adapter, str, float | None]] = [
         (a, f"cannot be compressed: {a.plain_only}", None) for a in adapters if a.plain_only
     ]
@@ -112,12 +111,16 @@ def compress(
     rank = auto_rank if rank is None else rank
     clusters = min(auto_clusters, len(fitted)) if clusters is None else clusters
 
-    with written_atomically(output, force=force) as folder:
+    with written_atomically(output, MANIFEST_FILE, force=force) as folder:
         source = _AdapterSource(fitted, slices)
         fit = fit_collection(
             source, rank=rank, clusters=clusters, seed=seed, dtype=TORCH_DTYPES[dtype], progress=progress
         )
         sigma = fit.sigma.to(TORCH_DTYPES[dtype])
+        fits = sigma.isfinite().flatten(1).all(1)
+        if not fits.all():
+            too_large = fitted[int(fits.int().argmin())].path
+            raise JDLoRAError(f"{too_large}: its scaling matrices do not fit into {dtype}: give --dtype bf16")
         norms, errors = _measure(source, fit, sigma, progress)
         relative = (errors.sum(1) / norms.sum(1).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         kept = [i for i in range(len(fitted)) if max_error is None or relative[i] <= max_error]
@@ -224,28 +227,3 @@ def _common_slices(adapters: Sequence[Adapter]) -> list[SliceShape]:
 def _model_order(name: str) -> list[tuple[bool, int, str]]:
     """Layer 10 after layer 9."""
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
-
-
-def _base_model(adapters: Sequence[Adapter], asked: str | None) -> BaseModel:
-    """The one base model of all adapters, compared by the last part of its name."""
-    named = [(a, a.base_model) for a in adapters if a.base_model]
-    wanted = asked or (named[0][1] if named else None)
-    if wanted is None:
-        return BaseModel(None)
-    whose = "--base-model" if asked else named[0][0].name
-    # A model folder that was moved or renamed is still that model, so a folder given by path is not compared by name.
-    folder = Path(wanted)
-    config = folder / "config.json"
-    if asked and config.is_file():
-        return BaseModel(named[0][1] if named else folder.name, hashlib.sha256(config.read_bytes()).hexdigest())
-    for adapter, name in named:
-        if _short(name) != _short(wanted):
-            raise JDLoRAError(
-                f"{adapter.path / CONFIG_FILE}: the adapter is for base model {name!r}, {whose} says {wanted!r}: "
-                "compress the adapters of each base model apart"
-            )
-    return BaseModel(wanted)
-
-
-def _short(name: str | None) -> str:
-    return (name or "").rstrip("/").rsplit("/", 1)[-1].lower()

@@ -22,6 +22,8 @@ def export_adapter(
         JDLoRAError: no compressed adapter of that name, nothing in it, or ``output`` cannot be written.
     """
     manifest = collection.manifest
+    if name in {entry.name for entry in manifest.plain}:
+        raise JDLoRAError(f"{name} is kept uncompressed: copy {collection.plain_path(name)}")
     row = collection.index_of(name)
     cluster = manifest.adapters[row].cluster
     sigma = collection.sigma(row).float()
@@ -49,7 +51,7 @@ def export_adapter(
         "fan_in_fan_out": False,
         "target_modules": _target_modules(targets, {s.name for s in manifest.slices}),
     }
-    with written_atomically(output, force=force) as folder:
+    with written_atomically(output, CONFIG_FILE, force=force) as folder:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return Path(output)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_jdlora.adapter import content_digest, file_digest
+from vllm_jdlora.adapter import WEIGHTS_FILE, content_digest, file_digest
 from vllm_jdlora.collection.schema import (
     BASES_FILE,
     ERRORS_FILE,
@@ -23,6 +23,7 @@ from vllm_jdlora.collection.schema import (
     scalings_file,
 )
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.peft_config import CONFIG_FILE
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -89,7 +90,7 @@ class Collection:
 
     def plain_path(self, name: str) -> Path:
         """PEFT folder of an adapter that is kept uncompressed."""
-        if name not in {p.name for p in self.manifest.plain}:
+        if name not in self._plain:
             raise JDLoRAError(f"{self.path}: no plain adapter named {name!r}")
         return self.path / "plain" / name
 
@@ -106,6 +107,10 @@ class Collection:
     @cached_property
     def _index(self) -> dict[str, int]:
         return {entry.name: row for row, entry in enumerate(self.manifest.adapters)}
+
+    @cached_property
+    def _plain(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in self.manifest.plain)
 
     @cached_property
     def _bases(self) -> Any:
@@ -146,6 +151,11 @@ class Collection:
             self._check_tensors(file, {"sigma": [rows[-1], slices, rank, rank]}, _STORED_DTYPES[manifest.dtype])
         if sum(rows) != n or any(r != rows[0] for r in rows[:-1]) or rows[-1] > rows[0] or 0 in rows:
             raise JDLoRAError(f"{self.path}: the scalings files hold {rows} adapters, {MANIFEST_FILE} lists {n}")
+        for entry in manifest.plain:
+            folder = self.path / "plain" / entry.name
+            for path in (folder.parent, folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+                if path.is_symlink() or not path.exists():
+                    raise JDLoRAError(f"{path}: is a link or missing; a collection holds its own files")
 
     def _check_tensors(self, name: str, expected: Mapping[str, list[int]], dtype: str) -> None:
         file = self.path / name
@@ -179,13 +189,14 @@ class Collection:
 
 
 @contextmanager
-def written_atomically(target: Path, *, force: bool = False) -> Iterator[Path]:
+def written_atomically(target: Path, marker: str, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends well, and vanishes otherwise.
 
-    With ``force`` an existing folder is moved aside first and removed only when the new one is in place.
+    With ``force`` an existing folder is moved aside first and removed only when the new one is in place. Only an
+    empty folder, or one with the file ``marker`` in it, is ever replaced: ``-o ~ --force`` must not cost a home.
 
     Raises:
-        JDLoRAError: ``target`` exists (without ``force``), is not a folder, or the disk refuses.
+        JDLoRAError: ``target`` exists (without ``force``), is not such a folder, or the disk refuses.
     """
     target = Path(target).absolute()
     if target.exists() or target.is_symlink():
@@ -193,6 +204,8 @@ def written_atomically(target: Path, *, force: bool = False) -> Iterator[Path]:
             raise JDLoRAError(f"{target}: exists already; choose another name or give --force to replace it")
         if not target.is_dir() or target.is_symlink():
             raise JDLoRAError(f"{target}: is not a folder; it is not replaced")
+        if not (target / marker).is_file() and any(target.iterdir()):
+            raise JDLoRAError(f"{target}: has other things than {marker} in it; it is not replaced")
     token = secrets.token_hex(4)
     temporary = target.with_name(f".{target.name}.{token}.new")
     old = target.with_name(f".{target.name}.{token}.old")
@@ -200,23 +213,28 @@ def written_atomically(target: Path, *, force: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        readable = temporary.stat().st_mode & 0o666
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                # safetensors writes files that only their owner can read; the server may be another user.
+                file.chmod(readable)
             _sync(file)
         _sync(temporary)
         if target.exists():
             os.replace(target, old)
         try:
             os.rename(temporary, target)
-        except OSError:
+        except BaseException:
             if old.exists():
                 os.replace(old, target)
             raise
         _sync(target.parent)
-    except OSError as error:
-        raise JDLoRAError(f"{target}: cannot be written ({error.strerror or error}); nothing was changed") from error
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise JDLoRAError(f"{target}: cannot be written ({problem}); nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -101,7 +101,8 @@ class CollectionManifest:
         _require(self.rank >= 1 and self.clusters >= 1, "rank and clusters must be at least 1")
         _require(bool(self.slices) and bool(self.adapters), "there must be slices and adapters")
         for part in self.slices:
-            _require(part.d_out >= 1 and part.d_in >= 1, f"slice {part.name} has an empty shape")
+            _require(part.d_out >= 1 and part.d_in >= 1, f"slice {part.name!a} has an empty shape")
+            _require(part.name.isprintable() and part.name != "", f"{part.name!a:.80} is not a slice's name")
         _require(len({s.name for s in self.slices}) == len(self.slices), "two slices have one name")
         names = [a.name for a in self.adapters] + [p.name for p in self.plain]
         for name in names:
@@ -185,7 +186,7 @@ def _entry(kind: Any, raw: Any, where: str) -> Any:
         if name not in raw:
             _require(field.default is not field.default_factory, f"{where} lacks {name!r}")
             continue
-        expected = _TYPES.get(str(field.type).replace("builtins.", ""))
+        expected = _TYPES.get(getattr(field.type, "__name__", field.type))
         value = raw[name]
         if expected and (not isinstance(value, expected) or isinstance(value, bool)):
             raise JDLoRAError(f"{where}: {name} is {value!r:.60}")
