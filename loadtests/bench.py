@@ -221,9 +221,9 @@ def main() -> None:
         return serve_runs(json.loads(args.engine))
 
     from rich.progress import Progress
-    from vllm_jdlora.collection.build import compress
 
     from vllm_jdlora.adapter import read_adapters
+    from vllm_jdlora.collection.build import compress
 
     if args.model is None:
         from vllm_jdlora.demo.base_model import prepare_base_model

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vllm_jdlora.kernels import cpu_grouped, reference
 from vllm_jdlora.kernels.cpu_grouped import TokenGroups, jd_linear_
 

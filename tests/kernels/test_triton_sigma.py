@@ -71,9 +71,8 @@ def test_without_triton_it_imports_and_says_what_to_install():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do take CPU tensors")
 def test_cpu_tensors_are_refused_with_the_way_out():
-    from vllm_jdlora.kernels.triton_sigma import jd_sigma_
-
     from vllm_jdlora.errors import JDLoRAError
+    from vllm_jdlora.kernels.triton_sigma import jd_sigma_
 
     with pytest.raises(JDLoRAError, match="cpu_grouped"):
         jd_sigma_(torch.ones(1, 2, 8), torch.ones(1, 1, 8, 8), torch.zeros(2, dtype=torch.int32), torch.tensor([False]))

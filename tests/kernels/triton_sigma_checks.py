@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from vllm_jdlora.kernels import reference, triton_sigma
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.kernels import reference, triton_sigma
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SLOTS, OTHER_SLICES = 9, 2

@@ -24,9 +24,9 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.lora.utils import from_layer
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm_jdlora.kernels import reference
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.kernels import reference
 from vllm_jdlora.serving.punica import JDLayerPunica
 from vllm_jdlora.serving.punica_gpu import JDPunicaGPU
 

@@ -1,11 +1,11 @@
 """The flags of `vllm serve`: what they turn into, and which combinations are refused with a reason."""
 
 import pytest
-from vllm_jdlora.collection.build import compress
 
 from tests import tiny_llama
 from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.build import compress
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import startup_build
 from vllm_jdlora.serving.engine_settings import SCHEDULER, WORKER, apply_to_engine_args
@@ -120,6 +120,19 @@ def test_adapters_without_a_collection_are_compressed_at_start_up_once(parser, f
 def test_what_does_not_fit_is_refused_with_the_reason(parser, files, flags, told):
     with pytest.raises(JDLoRAError, match=told):
         engine_args(parse(parser, files, *(f.format(**files) for f in flags)))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_the_model_is_compiled_as_without_lora(parser, files, eager):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    flags = ["--kv-cache-memory-bytes=1000000", *(["--enforce-eager"] if eager else [])]
+    compressed = parse(parser, files, *flags, "--lora-compression=jd", f"--lora-collection={files['collection']}")
+    modes = [
+        AsyncEngineArgs.from_cli_args(args).create_engine_config().compilation_config.mode
+        for args in (compressed, parse(parser, files, *flags))
+    ]
+    assert modes[0] == modes[1]
 
 
 @pytest.mark.parametrize("flags", [["--jd-scaling-slots=0"], ["--jd-max-error=1.5"], ["--lora-compression=svd"]])
