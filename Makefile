@@ -36,6 +36,7 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy kernels
 
 bench: setup  ## throughput of vllm serve with compressed and with plain adapters, side by side
 	$(BIN)/python loadtests/bench.py
