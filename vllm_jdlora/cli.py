@@ -174,7 +174,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser("demo", help="compress eight real adapters, serve them, compare their answers")
-    parser.add_argument("--adapters", type=Path, default=Path("demo/adapters"), help="default: demo/adapters")
+    parser.add_argument("--adapters", type=Path, help="default: the repository's demo/adapters")
     parser.add_argument("--cache-dir", type=Path, help="default: $XDG_CACHE_HOME/vllm-jdlora")
     parser.add_argument("--port", type=int, help="default: 8000, or a free one where it is taken")
     parser.add_argument("--stay", action="store_true", help="leave the server running until Ctrl-C")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -24,10 +23,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     # A plain `kill` must end the server too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
-    # The command line's default is the repository's own folder, from wherever it is run.
-    adapters = None if args.adapters in (None, Path("demo/adapters")) else args.adapters
     try:
-        run_demo(console, adapters_dir=adapters, cache_dir=args.cache_dir, port=args.port, stay=args.stay)
+        run_demo(console, adapters_dir=args.adapters, cache_dir=args.cache_dir, port=args.port, stay=args.stay)
     except ServerFailed as error:
         console.print(Panel(escape(error.log_tail), title="the end of the server's log", border_style="red"))
         raise
