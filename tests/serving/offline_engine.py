@@ -8,6 +8,31 @@ MARK = "answers: "
 """Begins the line of the answers; vLLM prints before and after it."""
 
 
+def as_json(answer) -> dict:
+    output = answer.outputs[0]
+    pairs = zip(output.token_ids, output.logprobs, strict=True)
+    return {"tokens": list(output.token_ids), "logprobs": [found[token].logprob for token, found in pairs]}
+
+
+def decode_while_an_adapter_is_loaded(engine, spec, params, requests) -> list[dict]:
+    """Two requests of one adapter and one of another decode; between two steps a third adapter is loaded, which takes
+    a slot from under them."""
+    from vllm_jdlora.kernels import cpu_grouped
+
+    cpu_grouped._GATHERED_NUMBERS = 0  # the form that reads Σ from its slot in every step
+    for i in spec["interrupted"]:
+        prompt = {"prompt_token_ids": spec["prompts"][i]}
+        engine.add_request(str(i), prompt, params, lora_request=requests[spec["who"][i]])
+    finished = {}
+    for step in range(40):
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = output
+        if step == 3:
+            engine.add_lora(requests[spec["intruder"]])
+    return [as_json(finished[str(i)]) for i in spec["interrupted"]]
+
+
 def main() -> None:
     spec = json.load(sys.stdin)
     options = spec["options"]
@@ -37,22 +62,16 @@ def main() -> None:
     requests = lora_requests(Collection.open(spec["jdlora"]["collection"]))
     first = len(requests) + 1
     requests |= {n: LoRARequest(n, first + i, path) for i, (n, path) in enumerate(spec["plain"].items())}
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True)
     answers = llm.generate(
         [{"prompt_token_ids": p} for p in spec["prompts"]],
-        SamplingParams(temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True),
+        params,
         lora_request=[requests.get(name) for name in spec["who"]],
         use_tqdm=False,
     )
-    result = {
-        "answers": [
-            {
-                "tokens": list(a.outputs[0].token_ids),
-                "logprobs": [p[t].logprob for t, p in zip(a.outputs[0].token_ids, a.outputs[0].logprobs, strict=True)],
-            }
-            for a in answers
-        ],
-        "statistics": llm.collective_rpc("jdlora_statistics"),
-    }
+    result = {"answers": [as_json(a) for a in answers], "statistics": llm.collective_rpc("jdlora_statistics")}
+    if "intruder" in spec:
+        result["interrupted"] = decode_while_an_adapter_is_loaded(llm.llm_engine, spec, params, requests)
     print(f"\n{MARK}{json.dumps(result)}", flush=True)
 
 

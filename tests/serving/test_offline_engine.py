@@ -6,6 +6,7 @@ Each engine runs in a process of its own (`python -m tests.serving.offline_engin
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ COMPRESSED = [f"adapter-{i}" for i in range(5)]
 PLAIN = ["plain-0", "plain-1"]
 # More distinct adapters than slots of either kind, twice the same one, and the base: one batch if it were allowed.
 WHO = [*COMPRESSED, None, *PLAIN, COMPRESSED[0]]
+
+# Places in WHO: two requests of one adapter and one of another.
+INTERRUPTED = [0, 8, 1]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,8 @@ def run_engine(served, **options) -> dict:
         "who": WHO,
         "plain": {name: str(path) for name, path in plain.items()},
         "jdlora": {"collection": str(collection), **options.pop("jdlora", {})},
+        "interrupted": INTERRUPTED,
+        **({"intruder": options.pop("intruder")} if "intruder" in options else {}),
         "options": options,
     }
     result = subprocess.run(
@@ -62,12 +68,13 @@ def run_engine(served, **options) -> dict:
     return json.loads(answers[0].removeprefix(offline_engine.MARK))
 
 
-def check_against_merged_weights(served, answers: list[dict]) -> None:
+def check_against_merged_weights(served, answers: list[dict], places: Sequence[int] = range(len(WHO))) -> None:
     from transformers import LlamaForCausalLM
 
     model_path, collection, plain = served
     model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    for name, prompt, answer in zip(WHO, PROMPTS, answers, strict=True):
+    for place, answer in zip(places, answers, strict=True):
+        name, prompt = WHO[place], PROMPTS[place]
         if name is None:
             deltas = {}
         elif name in plain:
@@ -80,8 +87,10 @@ def check_against_merged_weights(served, answers: list[dict]) -> None:
 
 
 def test_one_process_with_fewer_slots_than_adapters_equals_merged_weights(served):
-    out = run_engine(served, jdlora={"scaling_slots": 2}, max_loras=1)
+    out = run_engine(served, jdlora={"scaling_slots": 2}, max_loras=1, intruder=COMPRESSED[2])
     check_against_merged_weights(served, out["answers"])
+    # The batch stays the same while its Σ move to other slots.
+    check_against_merged_weights(served, out["interrupted"], INTERRUPTED)
     assert out["statistics"][0]["resident"] == 2
     assert out["statistics"][0]["wrapped_modules"] == 4 * tiny_llama.LAYERS  # no lm_head, no embeddings
 
