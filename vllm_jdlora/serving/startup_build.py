@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vllm_jdlora.adapter import read_adapter
@@ -14,6 +16,7 @@ from vllm_jdlora.collection.build import compress
 
 logger = logging.getLogger("vllm.jdlora")
 
+_LOG_SECONDS = 10.0
 _RECIPE = 1
 """Part of the cache key; raised when the same adapters would be compressed in another way."""
 
@@ -47,4 +50,17 @@ def build_cached(given: list[tuple[str, str]], *, base_model: str | None, max_er
         return Collection.open(target, verify=True)
     logger.info("Compressing %d adapters into %s", len(adapters), target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    return compress(adapters, target, base_model=base_model, max_error=max_error)
+    return compress(adapters, target, base_model=base_model, max_error=max_error, progress=_logged())
+
+
+def _logged() -> Callable[[str, int, int], None]:
+    """Progress as log lines, the form that a starting server has for it: the end of each stage, and every 10 s."""
+    last = time.monotonic()
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > _LOG_SECONDS:
+            last = time.monotonic()
+            logger.info("Compressing adapters: %s %d/%d", stage, done, total)
+
+    return show
