@@ -224,13 +224,14 @@ def main() -> None:
 
     from vllm_jdlora.adapter import read_adapters
     from vllm_jdlora.collection.build import compress
+    from vllm_jdlora.demo.environment import cpu_dtype
 
     if args.model is None:
         from vllm_jdlora.demo.base_model import prepare_base_model
 
         args.model = prepare_base_model()
     machine = hardware()
-    dtype = args.dtype or ("bfloat16" if "avx512_bf16" in machine["features"] else "float32")
+    dtype = args.dtype or cpu_dtype(set(machine["features"]))
     workloads = [
         Workload("decode", args.batch, 64, args.output_tokens),
         Workload("prefill", 8, 512, 1),

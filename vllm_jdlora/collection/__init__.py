@@ -2,6 +2,4 @@
 
 from vllm_jdlora.collection.io import Collection
 
-open_collection = Collection.open
-
-__all__ = ["Collection", "open_collection"]
+__all__ = ["Collection"]

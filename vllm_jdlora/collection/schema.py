@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_jdlora.adapter import SliceShape, check_adapter_name
@@ -159,9 +159,6 @@ class CollectionManifest:
         raw["base_model"] = _entry(BaseModel, raw.get("base_model"), "base_model")
         _require(isinstance(raw.get("files"), dict), "files must be an object")
         return _entry(cls, raw, "the manifest")
-
-    def with_files(self, files: Mapping[str, str]) -> CollectionManifest:
-        return replace(self, files=dict(files), revision="")
 
 
 def scalings_file(shard: int) -> str:

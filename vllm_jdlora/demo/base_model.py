@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from vllm_jdlora.adapter import file_digest
-from vllm_jdlora.demo.cache import cache_root
+from vllm_jdlora.cache import cache_root
 from vllm_jdlora.errors import JDLoRAError
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -43,7 +43,7 @@ def prepare_base_model(
     wait for each other.
 
     Args:
-        cache_dir: see :func:`vllm_jdlora.demo.cache.cache_root`.
+        cache_dir: see :func:`vllm_jdlora.cache.cache_root`.
         on_status: called with one line before each long action; silent without it.
 
     Raises:

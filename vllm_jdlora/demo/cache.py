@@ -1,19 +1,9 @@
-"""Where the demonstration keeps what it made, and digests that tell whether it is still current."""
+"""The digest that tells whether something the demonstration made is still current."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
-from pathlib import Path
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The cache folder (not created): ``cache_dir``, else ``$XDG_CACHE_HOME/vllm-jdlora``, else ``~/.cache/…``."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser().resolve()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home).expanduser().resolve() / "vllm-jdlora"
 
 
 def text_digest(parts: Iterable[str]) -> str:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from vllm_jdlora.adapter import Adapter, file_digest, read_adapters
+from vllm_jdlora.cache import cache_root
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.demo.base_model import MODEL_NAME, prepare_base_model
-from vllm_jdlora.demo.cache import cache_root
 from vllm_jdlora.demo.environment import Environment, check_environment
 from vllm_jdlora.demo.progress import Step, Steps
 from vllm_jdlora.demo.report import Answer, print_answers, print_curl
@@ -51,7 +51,7 @@ def run_demo(
     Args:
         console: where to print.
         adapters_dir: folder of PEFT folders for SmolLM2-135M-Instruct; the repository's eight if ``None``.
-        cache_dir: see :func:`vllm_jdlora.demo.cache.cache_root`.
+        cache_dir: see :func:`vllm_jdlora.cache.cache_root`.
         port: for the server; 8000, or a free one if that is taken, if ``None``.
         stay: keep the server up after the answers until Ctrl-C.
 

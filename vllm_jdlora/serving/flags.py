@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, absolute, adapter_path
+from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, absolute, adapter_paths
 
 _DEPENDENT = ("lora_collection", "lora_dir", "jd_scaling_slots", "jd_max_error")
 
@@ -86,10 +86,7 @@ def apply_flags(args: argparse.Namespace) -> None:
     else:
         collection = _build(args, given)
         plain = []
-    manifest = collection.manifest
-    modules = [(a.name, adapter_path(manifest.revision, a.name)) for a in manifest.adapters]
-    modules += [(p.name, str(collection.plain_path(p.name))) for p in manifest.plain]
-    modules += plain
+    modules = adapter_paths(collection) + plain
     _refuse_twice([name for name, _ in modules])
     args.lora_modules = [LoRAModulePath(name, path) for name, path in modules]
     if args.lora_collection is not None and plain:

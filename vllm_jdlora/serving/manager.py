@@ -25,6 +25,7 @@ from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.module_slices import ModuleSlices
 from vllm_jdlora.serving.options import ServingOptions
+from vllm_jdlora.serving.punica import JDPunica
 from vllm_jdlora.serving.scaling_slots import ScalingSlots
 
 logger = logging.getLogger("vllm.jdlora")
@@ -98,7 +99,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         if current_platform.is_cpu():
             from vllm_jdlora.serving.punica_cpu import JDPunicaCPU
 
-            self._punica: Any = JDPunicaCPU(
+            self._punica: JDPunica = JDPunicaCPU(
                 max_num_batched_tokens,
                 self.max_num_seqs,
                 self.device,

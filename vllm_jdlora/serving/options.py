@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_jdlora.errors import JDLoRAError
+
+if TYPE_CHECKING:
+    from vllm_jdlora.collection import Collection
 
 CONFIG_KEY = "jdlora"
 """Where the options live in vLLM's ``additional_config``."""
@@ -83,6 +86,13 @@ def adapter_path(revision: str, name: str) -> str:
     one revision are never reused for another.
     """
     return f"{PATH_SCHEME}{revision}#{name}"
+
+
+def adapter_paths(collection: Collection) -> list[tuple[str, str]]:
+    """(name, ``lora_path``) of every adapter of a collection, the compressed ones first."""
+    manifest = collection.manifest
+    compressed = [(a.name, adapter_path(manifest.revision, a.name)) for a in manifest.adapters]
+    return compressed + [(p.name, str(collection.plain_path(p.name))) for p in manifest.plain]
 
 
 def parse_adapter_path(path: str) -> tuple[str, str] | None:

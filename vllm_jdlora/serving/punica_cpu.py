@@ -44,7 +44,6 @@ class JDPunicaCPU(PunicaWrapperBase):
     ) -> None:
         """Base slot of each token. The stock tensors (for embeddings, logits) have no reader here."""
         self._token_base = _slots_of(np.asarray(mapping.index_mapping, dtype=np.int64), lora_index_to_id)
-        self.no_lora = not bool((self._token_base >= 0).any())
 
     def update_scaling_slots(self, token_slots: np.ndarray) -> None:
         self.groups = TokenGroups.plan(self._token_base, token_slots)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from vllm.lora.request import LoRARequest
 
 from vllm_jdlora.collection import Collection
-from vllm_jdlora.serving.options import adapter_path
+from vllm_jdlora.serving.options import adapter_paths
 
 
 def lora_requests(collection: Collection) -> dict[str, LoRARequest]:
     """One request for each adapter of a collection, compressed and plain, by name; ids count up from 1."""
-    manifest = collection.manifest
-    paths = [(a.name, adapter_path(manifest.revision, a.name)) for a in manifest.adapters]
-    paths += [(p.name, str(collection.plain_path(p.name))) for p in manifest.plain]
-    return {name: LoRARequest(name, i + 1, path) for i, (name, path) in enumerate(paths)}
+    return {name: LoRARequest(name, i + 1, path) for i, (name, path) in enumerate(adapter_paths(collection))}

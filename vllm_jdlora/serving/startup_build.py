@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from vllm_jdlora.adapter import read_adapter
+from vllm_jdlora.cache import cache_root
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 
@@ -19,11 +19,6 @@ logger = logging.getLogger("vllm.jdlora")
 _LOG_SECONDS = 10.0
 _RECIPE = 1
 """Part of the cache key; raised when the same adapters would be compressed in another way."""
-
-
-def cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/vllm-jdlora/collections`` (default ``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-jdlora" / "collections"
 
 
 def build_cached(given: list[tuple[str, str]], *, base_model: str | None, max_error: float | None) -> Collection:
@@ -44,10 +39,11 @@ def build_cached(given: list[tuple[str, str]], *, base_model: str | None, max_er
         "adapters": sorted((a.name, a.sha256) for a in adapters),
     }
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
-    target = cache_dir() / key
+    target = cache_root() / "collections" / key
     if target.is_dir():
         logger.info("Compressed collection of %d adapters found in %s", len(adapters), target)
-        return Collection.open(target, verify=True)
+        # Every byte is checked when the engine's settings are made, as for a collection that the user names.
+        return Collection.open(target, verify=False)
     logger.info("Compressing %d adapters into %s", len(adapters), target)
     target.parent.mkdir(parents=True, exist_ok=True)
     return compress(adapters, target, base_model=base_model, max_error=max_error, progress=_logged())
