@@ -1,0 +1,58 @@
+"""One way of keeping a set of adapters, as the evaluation sees it: what it costs, and the ΔW it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vllm_jdlora.adapter import Adapter
+from vllm_jdlora.collection import Collection
+
+Update = Mapping[str, tuple[Tensor, Tensor]]
+"""Slice name → (B [d_out, r], A [r, d_in]) in fp32 with ΔW = B A; slices that are not changed are left out."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Uncompressed adapters, a collection, or a baseline.
+
+    Attributes:
+        name: for tables and plots.
+        bytes: what all adapters take together as stored, shared parts included once.
+        update: the ΔW of one adapter by its name.
+    """
+
+    name: str
+    bytes: int
+    update: Callable[[str], Update]
+
+
+def uncompressed(adapters: Sequence[Adapter]) -> Variant:
+    """The adapters as they are, in bf16 (2 bytes a number)."""
+    by_name = {adapter.name: adapter for adapter in adapters}
+
+    def update(name: str) -> Update:
+        adapter = by_name[name]
+        return {part: pair for part in adapter.slices if (pair := adapter.factors(part)) is not None}
+
+    return Variant("uncompressed", 2 * sum(adapter.parameters for adapter in adapters), update)
+
+
+def of_collection(collection: Collection, name: str) -> Variant:
+    """A compressed collection: ΔW = (U_k Σ_i) V_k for its compressed adapters, as stored."""
+    slices = collection.manifest.slices
+
+    def update(adapter: str) -> Update:
+        row = collection.index_of(adapter)
+        cluster = collection.manifest.adapters[row].cluster
+        sigma = collection.sigma(row).float()
+        parts = {}
+        for i, part in enumerate(slices):
+            if bool(sigma[i].any()):
+                u, v = (basis[cluster].float() for basis in collection.basis(part.name))
+                parts[part.name] = (u @ sigma[i], v)
+        return parts
+
+    return Variant(name, collection.size_in_bytes(), update)
