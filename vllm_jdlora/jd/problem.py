@@ -164,6 +164,14 @@ class SliceProblem:
         repeats = torch.tensor(self.ranks, dtype=torch.int64, device=self.weights.device)
         return self.weights.repeat_interleave(repeats).to(self.a.dtype)[:, None]
 
+    def stacked_squared_norms(self) -> Tensor:
+        """[m] fp64, ‖B_iA_i‖_F² of the stacks as they are."""
+        parts = [self.weights.new_zeros(0)]
+        for at, rho in self._batches:
+            bts, rights = (stack[at].double().unflatten(0, (-1, rho)) for stack in (self.bt, self.a))
+            parts.append(((bts @ bts.mT) * (rights @ rights.mT)).flatten(1).sum(1))
+        return torch.cat(parts).clamp_min(0)
+
     @property
     def squared_norms(self) -> Tensor:
         """[m] fp64, ‖ΔW_i‖_F² in true scale."""
@@ -212,21 +220,21 @@ class SliceProblem:
 
     def gram_step_out(self, z: Tensor, t: Tensor) -> Tensor:
         """Σ_i w_i ΔW_i V Vᵀ ΔW_iᵀ U [d_out, r_u], from z = BᵀU and t = A V."""
-        return self.bt.T @ self._through_own(t, z)
+        return self.bt.T @ self.through_own(t, z)
 
     def gram_step_in(self, z: Tensor, t: Tensor) -> Tensor:
         """Σ_i w_i ΔW_iᵀ U Uᵀ ΔW_i V [d_in, r_v], from z = BᵀU and t = A V."""
-        return self.a.T @ self._through_own(z, t)
+        return self.a.T @ self.through_own(z, t)
 
     def full_gram_out(self, u: Tensor) -> Tensor:
         """Σ_i w_i ΔW_i ΔW_iᵀ u [d_out, r] for u [d_out, r]."""
-        return self.bt.T @ self._through_own(self.a, self.bt @ u)
+        return self.bt.T @ self.through_own(self.a, self.bt @ u)
 
     def full_gram_in(self, v: Tensor) -> Tensor:
         """Σ_i w_i ΔW_iᵀ ΔW_i v [d_in, r] for v [d_in, r]."""
-        return self.a.T @ self._through_own(self.bt, self.a @ v)
+        return self.a.T @ self.through_own(self.bt, self.a @ v)
 
-    def _through_own(self, x: Tensor, y: Tensor) -> Tensor:
+    def through_own(self, x: Tensor, y: Tensor) -> Tensor:
         """Row-stacked w_i X_i X_iᵀ Y_i, [P, columns of y], in the cheaper order of products."""
         out = torch.empty_like(y)
         for at, rho in self._batches:
