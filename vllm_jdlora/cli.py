@@ -7,11 +7,11 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from vllm_jdlora.commands import calibrate, compress, demo, export, inspect, validate
+from vllm_jdlora.commands import calibrate, compress, demo, evaluate, export, inspect, validate
 from vllm_jdlora.commands.terminal import printable
 from vllm_jdlora.errors import JDLoRAError
 
-_COMMANDS = (compress, calibrate, inspect, validate, export, demo)
+_COMMANDS = (compress, calibrate, inspect, validate, export, evaluate, demo)
 """Modules that each add one command. They import torch inside the command: `jdlora --help` answers at once."""
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_jdlora.adapter import Adapter
+from vllm_jdlora.adapter import Adapter, read_adapter
 from vllm_jdlora.collection import Collection
 
 Update = Mapping[str, tuple[Tensor, Tensor]]
@@ -41,10 +41,14 @@ def uncompressed(adapters: Sequence[Adapter]) -> Variant:
 
 
 def of_collection(collection: Collection, name: str) -> Variant:
-    """A compressed collection: ΔW = (U_k Σ_i) V_k for its compressed adapters, as stored."""
+    """A collection: ΔW = (U_k Σ_i) V_k for its compressed adapters, as stored; those kept plain as they are."""
     slices = collection.manifest.slices
+    plain = uncompressed([read_adapter(collection.plain_path(entry.name)) for entry in collection.manifest.plain])
+    kept = {entry.name for entry in collection.manifest.plain}
 
     def update(adapter: str) -> Update:
+        if adapter in kept:
+            return plain.update(adapter)
         row = collection.index_of(adapter)
         cluster = collection.manifest.adapters[row].cluster
         sigma = collection.sigma(row).float()
@@ -55,4 +59,4 @@ def of_collection(collection: Collection, name: str) -> Variant:
                 parts[part.name] = (u @ sigma[i], v)
         return parts
 
-    return Variant(name, collection.size_in_bytes(), update)
+    return Variant(name, collection.size_in_bytes() + plain.bytes, update)

@@ -1,0 +1,144 @@
+"""A Hugging Face causal language model whose LoRA can be swapped: unmerged, y = W x + B (A x)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_jdlora.adapter import file_digest
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.evaluation.tasks import END_OF_TURN
+from vllm_jdlora.evaluation.variant import Update
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class SwitchableModel:
+    """A base model with at most one adapter on it at a time.
+
+    Attributes:
+        model: the causal language model, in eval mode.
+        tokenizer: its tokenizer.
+        end: id of the token that ends an answer.
+        fingerprint: digest of the model's files and dtype; part of the key of every record.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, fingerprint: str = ""):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.end: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        if self.end is None or self.end == tokenizer.unk_token_id:
+            raise JDLoRAError(f"the model's tokenizer has no token {END_OF_TURN}; the task prompts are ChatML")
+        self._linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self._hooked: set[str] = set()
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._check_logits()
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: str = "fp32") -> SwitchableModel:
+        """Load a model folder (or a name that transformers knows).
+
+        Raises:
+            JDLoRAError: transformers is missing, or cannot read the model.
+        """
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as error:
+            raise JDLoRAError(f"evaluation needs the extra vllm-jdlora[evaluate] ({error})") from error
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise JDLoRAError(f"{path}: not a model that transformers can load ({error})") from error
+        return cls(model, tokenizer, _fingerprint(Path(path), dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def apply(self, update: Update) -> None:
+        """Put one adapter's ΔW = B A on the model in place of the one before; an empty one gives the base model.
+
+        Raises:
+            JDLoRAError: a slice that the model does not have, or of another shape.
+        """
+        factors = {}
+        for name, (b, a) in update.items():
+            linear = self._linears.get(name)
+            if linear is None:
+                raise JDLoRAError(f"{name}: the base model has no such linear module; is it the adapters' base model?")
+            shape = (b.shape[0], a.shape[1])
+            if shape != (linear.out_features, linear.in_features):
+                raise JDLoRAError(
+                    f"{name}: the adapter is {list(shape)}, the base model "
+                    f"[{linear.out_features}, {linear.in_features}]; is it the adapters' base model?"
+                )
+            place = linear.weight.device, linear.weight.dtype
+            factors[name] = b.to(*place), a.to(*place)
+            if name not in self._hooked:
+                self._hooked.add(name)
+                linear.register_forward_hook(self._hook(name))
+        self._factors = factors
+
+    def hidden(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Last hidden states [B, T, d] of the tokens ``ids`` [B, T]; ``cache`` grows by their keys and values.
+
+        Args:
+            ids: token ids.
+            positions: their positions in their sequences [B, T].
+            mask: bool [B, T, cached + T], what each token sees.
+            cache: a transformers ``DynamicCache`` of the batch.
+        """
+        output = self.model.base_model(
+            input_ids=ids, position_ids=positions, attention_mask=mask[:, None], past_key_values=cache, use_cache=True
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, vocabulary] in fp32 of hidden states [N, d]."""
+        return self.model.get_output_embeddings()(hidden).float()
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a piece of text, special tokens recognised, none added."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of an answer without its end token and without blanks around it."""
+        return self.tokenizer.decode([i for i in ids if i != self.end]).strip()
+
+    def _hook(self, name: str) -> Any:
+        def add_update(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            pair = self._factors.get(name)
+            if pair is None:
+                return output
+            b, a = pair
+            shrunk = nn.functional.linear(inputs[0], a).flatten(0, -2)
+            return torch.addmm(output.flatten(0, -2), shrunk, b.T).view_as(output)
+
+        return add_update
+
+    def _check_logits(self) -> None:
+        """Some architectures scale or cap logits after the output embedding: such a model is refused, not misread."""
+        ids = torch.tensor([[self.end, 1, 2]], device=self.device)
+        with torch.inference_mode():
+            expected = self.model(input_ids=ids).logits.float()
+            found = self.logits(self.model.base_model(input_ids=ids).last_hidden_state)
+        if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
+            raise JDLoRAError("this model changes its logits after the output embedding; its evaluation is not written")
+
+
+def _fingerprint(path: Path, dtype: str) -> str:
+    """Digest of config and weights where ``path`` is a folder, of the name otherwise; and the dtype."""
+    digest = hashlib.sha256(dtype.encode())
+    files = sorted(f for f in path.glob("*") if f.suffix in (".json", ".safetensors")) if path.is_dir() else []
+    for file in files:
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    if not files:
+        digest.update(str(path).encode())
+    return digest.hexdigest()
