@@ -170,11 +170,10 @@ def _starts(cores: Tensor, rank: int) -> list[tuple[Tensor, Tensor]]:
     columns = terms_a.shape[1]
     p, q = cores.shape[1:]
     width = min(columns, p, q)
-    like = {"dtype": cores.dtype, "device": cores.device}
     mean = torch.linalg.svd(cores.sum(0), full_matrices=False)
     pairs = [
         (terms_a, terms_b),
-        (torch.eye(p, width, **like), torch.eye(q, width, **like)),
+        (torch.eye(p, width).to(cores), torch.eye(q, width).to(cores)),
         (mean.U[:, :width], mean.Vh[:width].T),
     ]
     if min(len(cores), width) > 1:
