@@ -46,14 +46,15 @@ def of_one_base_model(
     else:
         base = BaseModel(asked or usual)
         whose = "--base-model is" if asked else "most others are for"
-        problems = [_name_problem(adapter, base.name, whose) for adapter in adapters]
+        problems = [name_problem(adapter, base.name, whose) for adapter in adapters]
     others = [(a.name, problem) for a, problem in zip(adapters, problems, strict=True) if problem]
     if others and not skip_others:
         raise JDLoRAError(others[0][1])
     return [a for a, problem in zip(adapters, problems, strict=True) if not problem], others, base
 
 
-def _name_problem(adapter: Adapter, wanted: str | None, whose: str) -> str | None:
+def name_problem(adapter: Adapter, wanted: str | None, whose: str) -> str | None:
+    """Why an adapter does not belong to the base model `wanted`, `whose` says who wants it; None if it may."""
     if adapter.base_model is None or _short(adapter.base_model) == _short(wanted):
         return None
     return (
