@@ -1,5 +1,6 @@
 """Adding and removing: what changes, what stays to the bit, and what a failure leaves behind."""
 
+import itertools
 import json
 import os
 import shutil
@@ -155,7 +156,7 @@ def test_growing_by_less_than_its_rank_helps_the_more_the_wider(world, tmp_path)
     for extra in (0, 1, 2, 3, 4):
         folder = shutil.copytree(world / "c", tmp_path / f"c{extra}")
         errors.append(add(folder, new(world, "stranger"), grow=extra).compressed[0].relative_error)
-    assert all(later < sooner for sooner, later in zip(errors, errors[1:], strict=False))
+    assert all(later < sooner for sooner, later in itertools.pairwise(errors))
 
 
 def test_an_adapter_above_the_limit_stays_plain_with_the_reason(world, collection):
@@ -275,9 +276,9 @@ def test_damage_in_a_rewritten_shard_is_found(world, collection):
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    with pytest.raises(JDLoRAError, match="scalings-00000.safetensors: was changed after it was written"):
+    with pytest.raises(JDLoRAError, match=r"scalings-00000\.safetensors: was changed after it was written"):
         add(collection, new(world, "f0-new"))
-    with pytest.raises(JDLoRAError, match="scalings-00000.safetensors: was changed after it was written"):
+    with pytest.raises(JDLoRAError, match=r"scalings-00000\.safetensors: was changed after it was written"):
         remove(collection, ["f0-0"])
 
 

@@ -61,7 +61,8 @@ def test_few_directions_are_better_than_the_two_sides_taken_separately():
     p, q = missing_directions(problem, u, v.T, 2)
     assert captured(p, q.T) > captured(separate_p, separate_q) - 1e-9
     # And it is a stationary point: further dense half-steps gain next to nothing.
-    best_p = _top(sum((eye - u @ u.T) @ w @ projector(torch.cat([v, q.T], 1)) @ w.T @ (eye - u @ u.T) for w in matrices))
+    right, outside = projector(torch.cat([v, q.T], 1)), eye - u @ u.T
+    best_p = _top(sum(outside @ w @ right @ w.T @ outside for w in matrices))
     assert captured(best_p, q.T) - captured(p, q.T) < 1e-3
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm_jdlora.adapter import Adapter
 from vllm_jdlora.collection.arrivals import Projections, factors_of
 from vllm_jdlora.collection.io import Collection
+from vllm_jdlora.collection.members import surrogate
 from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 
@@ -142,12 +143,3 @@ def _probed(
         then[at] += lost * whole
     present = norms > 0
     return tuple(float((x[present] / norms[present]).sqrt().mean()) for x in (now, then))  # type: ignore[return-value]
-
-
-def surrogate(collection: Collection, row: int, m: int, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(U_kΣ_i [d_out, R], V_k [R, d_in]) fp32 of a stored adapter in slice m; None where it has nothing."""
-    sigma = collection.sigma(row)[m].float()
-    if not bool(sigma.any()):
-        return None
-    k = collection.manifest.adapters[row].cluster
-    return u[k].float() @ (sigma.diag() if sigma.ndim == 1 else sigma), v[k].float()

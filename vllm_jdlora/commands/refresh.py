@@ -1,0 +1,92 @@
+"""`jdlora refresh`: fit a collection's bases again, warm-started, with adapters that came since."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_jdlora.commands.terminal import printable, progress_bars
+from vllm_jdlora.errors import JDLoRAError
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser("refresh", help="fit a collection's bases again, from where they are")
+    parser.add_argument("collection", type=Path, metavar="COLLECTION")
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        type=Path,
+        metavar="ADAPTER",
+        help="the collection's own, uncompressed, and new ones",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="NEW", help="folder to create")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; estimate whether a rebuild pays")
+    parser.add_argument(
+        "--max-error", type=float, metavar="E", help="keep adapters with a larger relative error uncompressed"
+    )
+    parser.add_argument("--base-model", metavar="M", help="name or folder; adapters of another model are refused")
+    parser.add_argument("--force", action="store_true", help="replace NEW if it exists")
+    parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from vllm_jdlora.adapter import read_adapters
+    from vllm_jdlora.collection.refresh import expected_drift, refresh
+
+    if args.max_error is not None and not 0 <= args.max_error <= 1:
+        raise JDLoRAError(f"--max-error is a relative error between 0 and 1, not {args.max_error:g}")
+    if args.output is None and not args.dry_run:
+        raise JDLoRAError("give -o NEW for the refreshed collection, or --dry-run")
+    if args.output is not None and args.output.exists() and not args.force and not args.dry_run:
+        raise JDLoRAError(f"{args.output}: exists already; choose another name or give --force to replace it")
+    adapters, _ = read_adapters(args.adapters)
+    if args.dry_run:
+        drift = expected_drift(args.collection, adapters, base_model=args.base_model)
+        if args.json:
+            print(
+                json.dumps(None if drift is None else {**asdict(drift), "rebuild_pays": drift.rebuild_pays}, indent=1)
+            )
+        else:
+            print("no new adapters: nothing drifted" if drift is None else drift.told())
+        return 0
+    with progress_bars() as show:
+        done = refresh(
+            args.collection,
+            adapters,
+            args.output,
+            max_error=args.max_error,
+            base_model=args.base_model,
+            force=args.force,
+            progress=show,
+        )
+    manifest = done.collection.manifest
+    if args.json:
+        report = {
+            "collection": str(done.collection.path),
+            "revision": manifest.revision,
+            "new": done.new,
+            "changed": done.changed,
+            "moved": done.moved,
+            "surrogates": done.surrogates,
+            "plain": [asdict(entry) for entry in manifest.plain],
+            "relative_error": {"mean_before": done.error_before, "mean_after": done.error_after},
+        }
+        print(json.dumps(report, indent=1))
+        return 0
+    for name in done.new:
+        print(printable(f"new: {name}"))
+    for name in done.changed:
+        print(printable(f"other content than before: {name}"))
+    for name in done.moved:
+        print(printable(f"moved to another cluster: {name}"))
+    for name in done.surrogates:
+        print(printable(f"from its compressed form (the original is missing), its error is an upper bound: {name}"))
+    for entry in manifest.plain:
+        print(printable(f"plain: {entry.name}: {entry.reason}"))
+    print(f"relative error (mean): {done.error_before:.4f} before, {done.error_after:.4f} after")
+    print(printable(f"{done.collection.path}: revision {manifest.revision}"))
+    return 0
