@@ -7,11 +7,37 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from vllm_jdlora.commands import calibrate, compress, demo, evaluate, export, inspect, validate
+from vllm_jdlora.commands import (
+    add,
+    calibrate,
+    compress,
+    demo,
+    diff,
+    evaluate,
+    export,
+    import_lora_xs,
+    inspect,
+    refresh,
+    remove,
+    validate,
+)
 from vllm_jdlora.commands.terminal import printable
 from vllm_jdlora.errors import JDLoRAError
 
-_COMMANDS = (compress, calibrate, inspect, validate, export, evaluate, demo)
+_COMMANDS = (
+    compress,
+    calibrate,
+    inspect,
+    validate,
+    export,
+    add,
+    remove,
+    diff,
+    refresh,
+    import_lora_xs,
+    evaluate,
+    demo,
+)
 """Modules that each add one command. They import torch inside the command: `jdlora --help` answers at once."""
 
 
