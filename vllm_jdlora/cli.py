@@ -19,6 +19,7 @@ from vllm_jdlora.commands import (
     inspect,
     refresh,
     remove,
+    train,
     validate,
 )
 from vllm_jdlora.commands.terminal import printable
@@ -36,6 +37,7 @@ _COMMANDS = (
     refresh,
     import_lora_xs,
     evaluate,
+    train,
     demo,
 )
 """Modules that each add one command. They import torch inside the command: `jdlora --help` answers at once."""
