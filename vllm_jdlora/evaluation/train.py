@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,13 +23,13 @@ from vllm_jdlora.collection.io import written_atomically
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.tasks import read_task
 from vllm_jdlora.evaluation.training_data import Batch, Example, epoch_order, in_order, make_batch, read_examples
+from vllm_jdlora.evaluation.training_state import Progress, load_checkpoint, save_checkpoint
 from vllm_jdlora.peft_config import CONFIG_FILE
 
 METRICS_FILE = "train_metrics.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MEASURED = 64
 """Items of the validation and of the test split that losses are measured on."""
-_STATE = "training"
 _CLIP = 1.0
 
 
@@ -73,20 +69,6 @@ class TrainSettings:
             raise JDLoRAError("the learning rate and the share of warm-up must be between 0 and 1")
         if self.keep not in ("best", "last") or self.dtype not in DTYPES or not self.targets:
             raise JDLoRAError("keep is best or last, dtype fp32 or bf16, and there must be targets")
-
-
-@dataclass
-class _Progress:
-    """What a checkpoint keeps beside weights and moments of Adam."""
-
-    step: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def best(self) -> tuple[int, float]:
-        return min(self.validation, key=lambda pair: pair[1])
 
 
 def train(
@@ -180,12 +162,13 @@ class _Run:
         self._lora = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._lora.values(), lr=settings.learning_rate, weight_decay=0.0)
         self._best: dict[str, Tensor] = {}
-        self._done = _Progress()
+        self._done = Progress()
 
     def train(self, save_every: int, show_progress: bool) -> None:
         from tqdm import tqdm
 
-        self._resume()
+        if self.checkpoint.exists():
+            self._done, self._best = load_checkpoint(self.checkpoint, self._identity, self._lora, self._optimizer)
         marks = {math.ceil(self.steps * (i + 1) / self.settings.checkpoints) for i in range(self.settings.checkpoints)}
         started = time.monotonic() - self._done.seconds
         bar = tqdm(total=self.steps, initial=self._done.step, desc=self._task, unit="step", disable=not show_progress)
@@ -293,42 +276,7 @@ class _Run:
             parameter.copy_(weights[name])
 
     def _save(self) -> None:
-        tensors = {f"best.{name}": value for name, value in self._best.items()}
-        for name, parameter in self._lora.items():
-            tensors[f"weight.{name}"] = parameter.detach()
-            tensors |= {f"{key}.{name}": self._optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
-        header = json.dumps({"identity": self._identity, "progress": asdict(self._done)})
-        temporary = self.checkpoint.with_name(f".{self.checkpoint.name}.{secrets.token_hex(4)}.new")
-        try:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={_STATE: header})
-            os.replace(temporary, self.checkpoint)
-        except (OSError, SafetensorError) as error:
-            raise JDLoRAError(f"{self.checkpoint}: cannot be written ({error})") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
-
-    def _resume(self) -> None:
-        """Go on from the checkpoint, if there is one. Order and learning rate follow from the step alone."""
-        if not self.checkpoint.exists():
-            return
-        try:
-            with safe_open(self.checkpoint, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_STATE, "{}"))
-                if header.get("identity") != self._identity:
-                    raise JDLoRAError(f"{self.checkpoint}: of a run with other settings; remove it to start anew")
-                # clone: tensors of the mapped file must not be written to.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            progress = header["progress"]
-            self._done = _Progress(**{**progress, "validation": [(s, v) for s, v in progress["validation"]]})
-            self._put({name: tensors[f"weight.{name}"] for name in self._lora})
-            for name, parameter in self._lora.items():
-                moments = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
-                self._optimizer.state[parameter] = {"step": torch.tensor(float(self._done.step)), **moments}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise JDLoRAError(f"{self.checkpoint}: damaged ({error}); remove it to start anew") from error
-        self._best = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
+        save_checkpoint(self.checkpoint, self._identity, self._done, self._lora, self._optimizer, self._best)
 
 
 def _load(base_model: Path, dtype: str) -> tuple[Any, Any]:
