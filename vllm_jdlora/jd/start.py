@@ -90,27 +90,38 @@ def balanced_groups(similarity: Tensor, clusters: int, draw: torch.Generator) ->
     return labels
 
 
-def _similarities(probes: Sequence[SliceProblem], n: int, rank: int) -> list[Tensor]:
-    """Two kinds of similarity [n, n] fp32 with unit diagonal (zero for adapters that the probes do not hold).
+def similarity_of(probes: Sequence[SliceProblem], n: int) -> Tensor:
+    """Squared cosines of ΔW_i averaged over slices [n, n] fp32, unit diagonal (zero for those without any).
 
-    The paper's: cosine of the Σ_i of a single-cluster fit, all slices concatenated; it sees only the common subspace.
-    And squared cosines of ΔW_i, averaged over slices: adapters in one subspace with opposite or mixed signs share
-    bases just as well. Both have adapters of unit norm, else those of large norm become clusters of their own.
+    Adapters in one subspace with opposite or mixed signs share bases just as well as those of equal sign: hence
+    squares.
     """
-    fitted, squared_cosine = torch.zeros(n, n), torch.zeros(n, n)
+    total = torch.zeros(n, n)
     for probe in probes:
-        sigma = _rows(probe, fit_full(probe, rank, max_sweeps=2).sigma, n)
-        fitted += sigma @ sigma.T
         draw = torch.Generator().manual_seed(0)
         left, right = (torch.randn(stack.shape[1], _SKETCH, generator=draw).to(stack) for stack in (probe.bt, probe.a))
         sketch = _rows(probe, probe.sigmas(*probe.times(left, right)) * probe.scale[:, None, None], n)
         sketch = torch.nn.functional.normalize(sketch, dim=1, eps=1e-30)
-        squared_cosine += (sketch @ sketch.T).square()
-    kinds = []
-    for similarity in (fitted, squared_cosine):
-        length = similarity.diagonal().sqrt().clamp_min(1e-15)
-        kinds.append(similarity / length[:, None] / length)
-    return kinds
+        total += (sketch @ sketch.T).square()
+    return _with_unit_diagonal(total)
+
+
+def _similarities(probes: Sequence[SliceProblem], n: int, rank: int) -> list[Tensor]:
+    """Two kinds of similarity [n, n] fp32 with unit diagonal (zero for adapters that the probes do not hold).
+
+    The paper's: cosine of the Σ_i of a single-cluster fit, all slices concatenated; it sees only the common subspace.
+    And `similarity_of`. Both have adapters of unit norm, else those of large norm become clusters of their own.
+    """
+    fitted = torch.zeros(n, n)
+    for probe in probes:
+        sigma = _rows(probe, fit_full(probe, rank, max_sweeps=2).sigma, n)
+        fitted += sigma @ sigma.T
+    return [_with_unit_diagonal(fitted), similarity_of(probes, n)]
+
+
+def _with_unit_diagonal(similarity: Tensor) -> Tensor:
+    length = similarity.diagonal().sqrt().clamp_min(1e-15)
+    return similarity / length[:, None] / length
 
 
 def _rows(probe: SliceProblem, values: Tensor, n: int) -> Tensor:
