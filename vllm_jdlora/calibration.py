@@ -77,8 +77,9 @@ def gather(
 ) -> SecondMoments:
     """C = E[xxᵀ] of the input of each slice, over all positions of ``text`` but the first of each.
 
-    The first token is an attention sink whose activations are hundreds of times larger than all others': it would
-    own C, and it is the same whatever the prompt ("Massive Activations in Large Language Models", arXiv 2402.17762).
+    The first token is an attention sink: in the residual stream and in the MLP its activations are hundreds of times
+    larger than all others', they would own C, and they are the same whatever the prompt ("Massive Activations in Large
+    Language Models", arXiv 2402.17762).
 
     Args:
         base_model: Hugging Face folder.
