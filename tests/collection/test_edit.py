@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests import reference
 from tests.collection.families import write_member
 from vllm_jdlora.adapter import read_adapter
-from vllm_jdlora.collection import Collection, rewrite
+from vllm_jdlora.collection import Collection, arrivals, rewrite
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.diff import diff
 from vllm_jdlora.collection.edit import add, remove
@@ -105,6 +105,18 @@ def test_what_was_there_stays_to_the_bit(world, collection):
     for name, deltas in old.items():
         now = reference.compressed_deltas(collection, name)
         assert all(torch.equal(deltas[s], now[s]) for s in deltas)
+
+
+def test_the_short_list_of_clusters_holds_the_best(tmp_path, monkeypatch):
+    """Eight families in eight clusters, chosen by two of four slices; strangers' best clusters differ by little."""
+    monkeypatch.setattr(arrivals, "_PROBES", 2)
+    adapters = [read_adapter(write_member(tmp_path / f"f{f}-{i}", f, 10 * f + i)) for f in range(8) for i in range(2)]
+    collection = compress(adapters, tmp_path / "c", rank=4, clusters=8, dtype="fp32")
+    newcomers = [read_adapter(write_member(tmp_path / f"new{f}", f, 100 + f)) for f in range(8)]
+    chosen = arrivals.best_clusters(collection, newcomers).tolist()
+    for adapter, k in zip(newcomers, chosen, strict=True):
+        errors = projected_error(collection.path, adapter.path)
+        assert k == min(errors, key=errors.get)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -268,7 +280,10 @@ def test_damage_is_not_blessed_by_a_new_digest(world, collection):
     data[-3] ^= 1
     file.write_bytes(data)
     with pytest.raises(JDLoRAError, match=f"{BASES_FILE}: was changed after it was written"):
-        add(collection, new(world, "f0-new"))
+        add(collection, new(world, "f0-new"), grow=1)
+    add(collection, new(world, "f0-new"))  # bases that stay keep their digest
+    with pytest.raises(JDLoRAError, match=f"{BASES_FILE}: was changed after it was written"):
+        Collection.open(collection, verify=True)
 
 
 def test_damage_in_a_rewritten_shard_is_found(world, collection):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.jd.dense import dense, family_factors, random_factors
-from vllm_jdlora.jd.arrival import captured_in_any_basis, missing_directions
+from vllm_jdlora.jd.arrival import captured_by_spans, missing_directions
 from vllm_jdlora.jd.problem import SliceProblem
 
 
@@ -18,13 +18,22 @@ def test_captured_energy_is_that_of_the_spans_whatever_the_basis():
     problem = SliceProblem.from_factors(factors, "slice")
     u, v = torch.randn(4, 30, 6, generator=draw), torch.randn(4, 6, 20, generator=draw)  # far from orthonormal
     u[1, :, 4:], v[1, 4:] = 0, 0  # a smaller effective rank
-    found = captured_in_any_basis(problem, u, v)
+    found = captured_by_spans(problem, u, v, orthonormal=False)
     for position, i in enumerate(problem.members.tolist()):
         w = dense(factors[i])
         for k in range(4):
             kept = projector(u[k].double()) @ w @ projector(v[k].T.double())
             # The products are in fp32: 1e-4 of the energy is enough to choose by.
             assert float(found[position, k]) == pytest.approx(float(kept.square().sum()), rel=1e-4)
+
+
+def test_orthonormal_bases_need_no_gram_matrix():
+    draw = torch.Generator().manual_seed(0)
+    problem = SliceProblem.from_factors(random_factors(3, 30, 20, [2, 5, 3]), "slice")
+    u = torch.linalg.qr(torch.randn(4, 30, 6, generator=draw)).Q
+    v = torch.linalg.qr(torch.randn(4, 20, 6, generator=draw)).Q.mT
+    quick, sure = (captured_by_spans(problem, u, v, orthonormal=known) for known in (True, False))
+    torch.testing.assert_close(quick, sure, rtol=1e-5, atol=0)  # fp32 products
 
 
 @pytest.mark.parametrize("ranks", [[3], [3, 2]])

@@ -38,8 +38,8 @@ class ClusterDrift:
 class Drift:
     """Mean relative errors (not squared) of stored adapters and arrivals; the last two of all of them together.
 
-    ``after_rebuild`` is an estimate from refits of a few slices, None where the arrivals fit as well as the stored
-    adapters and no refit was tried. ``before_rebuild`` is today's mean over the same slices.
+    ``after_rebuild`` is an estimate from refits of a few slices; both are None where the arrivals fit as well as the
+    stored adapters and no refit was tried.
     """
 
     stored_error: float
@@ -97,8 +97,10 @@ def drift(
     result = Drift(float(stored.mean()), float(found.relative_error.mean()), clusters)
     if result.arrivals_error <= _MARGIN * result.stored_error or collection.manifest.method != "full":
         return result
-    before, after = _probed(collection, arrivals, found, originals or {}, labels)
-    return Drift(result.stored_error, result.arrivals_error, clusters, before, after)
+    now, then = _probed(collection, arrivals, found, originals or {}, labels)
+    everyone = float(torch.cat([stored, found.relative_error]).mean())
+    # A few slices may be better or worse than most: only their ratio is used.
+    return Drift(result.stored_error, result.arrivals_error, clusters, everyone, everyone * then / now)
 
 
 def _probed(

@@ -84,7 +84,8 @@ def add(
         check_base_model(old, adapters, base_model)
         if grow and manifest.method != "full":
             raise JDLoRAError(f"{path}: bases grow for JD-Full only, this collection is JD-{manifest.method}")
-        require_undamaged(old, [BASES_FILE, ERRORS_FILE])
+        # Bases that are kept keep their digest, which tells of damage when the collection is opened.
+        require_undamaged(old, [BASES_FILE, ERRORS_FILE] if grow else [ERRORS_FILE])
         new = _projected(old, adapters, grow, max_error)
         kept = [row for row, entry in enumerate(manifest.adapters) if entry.name not in replaced]
         if not kept and not new.entries:

@@ -114,7 +114,7 @@ def refresh(
                 )
             )
         cluster_before = {a.name: a.cluster for a in manifest.adapters}
-        content = {e.name: e.sha256 for e in (*manifest.adapters, *manifest.plain)}
+        content = {a.name: a.sha256 for a in manifest.adapters} | {p.name: p.sha256 for p in manifest.plain}
         return Refreshed(
             Collection.open(output, verify=False),
             new=tuple(m.name for m in members if m.name not in content),

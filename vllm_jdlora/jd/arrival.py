@@ -15,23 +15,24 @@ _NO_ENERGY = 1e-13
 _SWEEPS = 4
 
 
-def captured_in_any_basis(problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
+def captured_by_spans(problem: SliceProblem, u: Tensor, v: Tensor, *, orthonormal: bool) -> Tensor:
     """‖P_k ΔW_i Q_k‖² in true scale, [m, K] fp64, P_k and Q_k the projectors on the spans of the bases of cluster k.
 
-    u [K, d_out, R], v [K, R, d_in] of any dtype. Unlike ``captured_by_cluster`` the bases need not be orthonormal: a
-    fit in the activation metric, a cast to bf16 and imported bases are not. The products are in fp32: this chooses a
-    cluster, ``refit_sigma`` then measures the error.
+    u [K, d_out, R], v [K, R, d_in] of any dtype. orthonormal: columns and rows are so but for the cast to the stored
+    dtype, whose tilt is left out: half the time. Bases of a fit in the activation metric are not. The products are in
+    fp32: this chooses a cluster, ``refit_sigma`` then measures the error.
     """
     clusters, _, rank = u.shape
     u, v = u.float(), v.float()
-    inverse_u, inverse_v = (_inverse_gram(g) for g in (u.mT @ u, v @ v.mT))
+    inverse = None if orthonormal else [_inverse_gram(g) for g in (u.mT @ u, v @ v.mT)]
     z = problem.bt.float() @ u.transpose(0, 1).flatten(1)  # [P, K·R]
     t = problem.a.float() @ v.flatten(0, 1).T
     captured = torch.zeros(len(problem), clusters, dtype=torch.float64)
     for k in range(clusters):
         columns = slice(k * rank, (k + 1) * rank)
         overlap = problem.sigmas(z[:, columns], t[:, columns]).double()
-        captured[:, k] = ((inverse_u[k] @ overlap @ inverse_v[k]) * overlap).flatten(1).sum(1)
+        spanned = overlap if inverse is None else inverse[0][k] @ overlap @ inverse[1][k]
+        captured[:, k] = (spanned * overlap).flatten(1).sum(1)
     return captured.clamp_min(0) * problem.scale.square()[:, None]
 
 

@@ -1,0 +1,92 @@
+"""`jdlora add`, `remove`, `diff`, `refresh`, `import-lora-xs` as a user meets them: output and exit codes."""
+
+import json
+import shutil
+
+import pytest
+
+from tests import tiny_llama
+from tests.collection.families import write_member
+from tests.collection.test_lora_xs import write_lora_xs
+from vllm_jdlora.adapter import read_adapters
+from vllm_jdlora.cli import main
+from vllm_jdlora.collection.build import compress
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    for i in range(3):
+        write_member(root / "adapters" / f"a{i}", 0, i)
+    write_member(root / "new" / "[red]new", 0, 9)
+    write_member(root / "new" / "stranger", 5, 10)
+    compress(read_adapters([root / "adapters"])[0], root / "c", rank=4, clusters=1)
+    return root
+
+
+@pytest.fixture
+def here(untouched, tmp_path, monkeypatch):
+    shutil.copytree(untouched, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    return tmp_path / "w"
+
+
+def test_a_collection_is_added_to_compared_refreshed_and_thinned_out(here, capsys):
+    shutil.copytree("c", "old")
+    assert main(["diff", "old", "c"]) == 0
+    assert main(["add", "c", "new", "--max-error", "0.4"]) == 0
+    out = capsys.readouterr().out
+    assert "[red]new: cluster 0, relative error 0." in out
+    assert "plain: stranger: relative error " in out and "drift: relative error of new adapters" in out
+    assert main(["validate", "c"]) == 0
+    assert main(["diff", "old", "c"]) == 1
+    out = capsys.readouterr().out
+    assert "added: [red]new" in out and "added: stranger" in out and "bases: the same" in out
+    assert main(["refresh", "c", "adapters", "new", "--dry-run"]) == 0
+    assert "drift" in capsys.readouterr().out
+    assert main(["refresh", "c", "adapters", "-o", "n", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["surrogates"] == ["[red]new"]
+    assert main(["remove", "n", "a1"]) == 0
+    out = capsys.readouterr().out
+    assert "removed: a1" in out and "still carry traces" in out
+    assert main(["diff", "c", "n", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["removed"] == ["a1"]
+    assert main(["validate", "n"]) == 0
+
+
+def test_the_reports_as_json(here, capsys):
+    assert main(["add", "c", "new", "--grow", "2", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["rank"] == 6 and [e["name"] for e in facts["compressed"]] == ["[red]new", "stranger"]
+    assert set(facts["drift"]) >= {"stored_error", "arrivals_error", "rebuild_pays"}
+    assert main(["refresh", "c", "adapters", "new", "--dry-run", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert main(["remove", "c", "stranger", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bases_carry_traces"] is True
+
+
+def test_lora_xs_is_imported(tmp_path, capsys):
+    write_lora_xs(tmp_path / "x", tiny_llama.write_model(tmp_path / "tiny-llama"), 0)
+    assert main(["import-lora-xs", str(tmp_path / "x"), "-o", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["relative_error"]["max"] < 1e-7  # s·M rounded to fp32
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["add", "c", "adapters"], "--replace"),
+        (["add", "c", "none"], "no such folder"),
+        (["add", "none", "new"], "not a collection"),
+        (["add", "c", "new", "--max-error", "2"], "between 0 and 1"),
+        (["remove", "c", "nobody"], "no adapter named 'nobody'"),
+        (["remove", "c", "a0", "a1", "a2"], "delete the folder instead"),
+        (["refresh", "c", "adapters"], "give -o NEW"),
+        (["refresh", "c", "adapters", "-o", "c"], "--force"),
+        (["diff", "c", "adapters"], "not a collection"),
+        (["import-lora-xs", "adapters", "-o", "x"], "jdlora compress"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(here, capsys, command, told):
+    assert main(command) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jdlora: ")]
+    assert len(lines) == 1 and told in lines[0]
