@@ -45,7 +45,7 @@ class Cores:
 
     def __init__(self, probes: Sequence[SliceProblem], n: int) -> None:
         self.n = n
-        sides = [_leading_directions(probe) for probe in probes]
+        sides = [leading_directions(probe) for probe in probes]
         self.t = max((self_t for _, _, self_t in sides), default=1)
         self.left, self.right = [], []
         self.weight = torch.zeros(n, dtype=torch.float64)  # [n] slices where the adapter has something
@@ -116,8 +116,12 @@ class Cores:
         return [(x, y, everything)]
 
 
-def _leading_directions(probe: SliceProblem) -> tuple[Tensor, Tensor, int]:
-    """(left [m, ρ, d_out], right [m, ρ, d_in], t): ΔW_i√w_i = leftᵀ right by its SVD, and how many rows matter."""
+def leading_directions(probe: SliceProblem) -> tuple[Tensor, Tensor, int]:
+    """(left [m, ρ, d_out], right [m, ρ, d_in], t) on the CPU: ΔW_i√w_i = leftᵀ right by its SVD, strongest rows first.
+
+    Rows of right are orthonormal, those of left orthogonal with the singular values as lengths; zero rows beyond an
+    adapter's rank. The first t rows hold all but a little of the energy on average.
+    """
     widest = max(probe.ranks, default=1)
     left, right = (side.new_zeros(len(probe), widest, side.shape[1], device="cpu") for side in (probe.bt, probe.a))
     energy = torch.zeros(len(probe), widest, dtype=torch.float64)
