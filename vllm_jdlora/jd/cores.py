@@ -15,8 +15,6 @@ from torch import Tensor
 
 from vllm_jdlora.jd.problem import SliceProblem
 
-# Directions beyond those that hold all but this share of the energy, on average, do not decide who belongs where.
-_IGNORED = 0.04
 # Gram matrices of all directions of all adapters are kept up to this size; beyond, those of each set are made anew.
 _KEPT_GRAM = 2048
 # Cores up to this size; larger sets stay in the slice's own coordinates.
@@ -41,11 +39,14 @@ class Bases:
 
 
 class Cores:
-    """n adapters in S slices by their t leading directions: unit-norm ΔW_i ≈ left_iᵀ right_i."""
+    """n adapters in S slices by their t leading directions: unit-norm ΔW_i ≈ left_iᵀ right_i.
 
-    def __init__(self, probes: Sequence[SliceProblem], n: int) -> None:
+    ignored: share of the energy, on average over adapters, that directions beyond t may hold.
+    """
+
+    def __init__(self, probes: Sequence[SliceProblem], n: int, ignored: float) -> None:
         self.n = n
-        sides = [leading_directions(probe) for probe in probes]
+        sides = [leading_directions(probe, ignored) for probe in probes]
         self.t = max((self_t for _, _, self_t in sides), default=1)
         self.left, self.right = [], []
         self.weight = torch.zeros(n, dtype=torch.float64)  # [n] slices where the adapter has something
@@ -116,11 +117,11 @@ class Cores:
         return [(x, y, everything)]
 
 
-def leading_directions(probe: SliceProblem) -> tuple[Tensor, Tensor, int]:
+def leading_directions(probe: SliceProblem, ignored: float = 0.0) -> tuple[Tensor, Tensor, int]:
     """(left [m, ρ, d_out], right [m, ρ, d_in], t) on the CPU: ΔW_i√w_i = leftᵀ right by its SVD, strongest rows first.
 
     Rows of right are orthonormal, those of left orthogonal with the singular values as lengths; zero rows beyond an
-    adapter's rank. The first t rows hold all but a little of the energy on average.
+    adapter's rank. The first t rows hold all but the share `ignored` of the energy on average.
     """
     widest = max(probe.ranks, default=1)
     left, right = (side.new_zeros(len(probe), widest, side.shape[1], device="cpu") for side in (probe.bt, probe.a))
@@ -137,7 +138,7 @@ def leading_directions(probe: SliceProblem) -> tuple[Tensor, Tensor, int]:
         right[at, :size] = (vh.to(q_in.dtype) @ q_in.mT).cpu()
         energy[at, :size] = s.square().cpu()
     held = energy.mean(0).cumsum(0) if len(probe) else torch.ones(1)
-    return left, right, min(int((held < 1 - _IGNORED).sum()) + 1, widest)
+    return left, right, min(int((held < 1 - ignored - 1e-12).sum()) + 1, widest)
 
 
 def _placed(rows: Tensor, members: Tensor, n: int, t: int) -> Tensor:

@@ -28,6 +28,9 @@ _SECONDS, _SECONDS_EACH = 20.0, 0.12
 _STARTS, _STARTS_SHARE = 3, 0.5
 # Single changes are verified one by one where trying each adapter in each near cluster takes at most this share.
 _EXACT_SHARE = 0.25
+# Directions that hold this share of the energy are left out while a start loses more than that: they hardly decide
+# who belongs where, and fits cost the square of the directions kept.
+_IGNORED = (0.04, 0.004, 0.0)
 # Pairs of clusters that are tried merged, and clusters that are tried split.
 _MERGES, _SPLITS = 6, 2
 # Sweeps of the last comparison, on the slices themselves.
@@ -89,8 +92,11 @@ def _searched(
     probes: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int, report: Progress, effort: float
 ) -> Tensor:
     starts = [groups_of(labels, clusters) for labels in candidate_starts(probes, n, rank, clusters, seed)]
-    evaluator = Evaluator(Cores(probes, n), rank, effort * (_SECONDS + _SECONDS_EACH * n))
-    found = best_start = max(starts, key=evaluator.total)
+    for ignored in _IGNORED:
+        evaluator = Evaluator(Cores(probes, n, ignored), rank, effort * (_SECONDS + _SECONDS_EACH * n))
+        found = best_start = max(starts, key=evaluator.total)
+        if evaluator.most - evaluator.total(best_start) > ignored * evaluator.most:
+            break
     evaluator.spent = 0.0
     if effort > 0:
         found = _search(evaluator, starts, similarity_of(probes, n), seed, _Ticks(evaluator, report))
