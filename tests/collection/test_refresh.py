@@ -9,7 +9,8 @@ from tests import reference
 from tests.collection.families import write_member
 from tests.collection.test_edit import dense_error, everything
 from vllm_jdlora.adapter import read_adapter
-from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection import Collection, members
+from vllm_jdlora.collection import refresh as refresh_module
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.edit import add, remove
 from vllm_jdlora.collection.refresh import expected_drift, refresh
@@ -138,6 +139,49 @@ def test_an_adapter_with_other_content_is_told(world, tmp_path):
     assert entry.sha256 == other.sha256
 
 
+def test_an_adapter_whose_content_changed_moves_to_the_family_it_now_belongs_to(world, tmp_path):
+    there = [a for a in read(world / "adapters") if a.name != "f0-0"]
+    turned = read_adapter(write_member(tmp_path / "f0-0", 1, 77, noise=0.05))
+    done = refresh(world / "c", [*there, turned], tmp_path / "n")
+    cluster = {a.name: a.cluster for a in done.collection.manifest.adapters}
+    assert done.moved == ("f0-0",) and cluster["f0-0"] == cluster["f1-0"] != cluster["f0-1"]
+
+
+def test_an_adapter_that_starts_in_the_wrong_cluster_is_moved(tmp_path, monkeypatch):
+    """Rank 4 is full with one family, so the refitted bases cannot bend towards the odd one out."""
+    adapters = [read_adapter(write_member(tmp_path / f"f{f}-{i}", f, 10 * f + i)) for f in range(2) for i in range(4)]
+    old = compress(adapters, tmp_path / "c", rank=4, clusters=2, dtype="fp32").manifest
+    right = members.members_of
+
+    def one_wrong(*args):
+        found, labels = right(*args)
+        return found, torch.cat([1 - labels[:1], labels[1:]])
+
+    monkeypatch.setattr(refresh_module, "members_of", one_wrong)
+    done = refresh(tmp_path / "c", adapters, tmp_path / "n")
+    assert [a.cluster for a in done.collection.manifest.adapters] == [a.cluster for a in old.adapters]
+
+
+def test_the_fit_starts_from_the_old_bases(tmp_path, monkeypatch):
+    """One sweep from converged bases keeps their error; from nothing it would not reach it."""
+    adapters = [read_adapter(write_member(tmp_path / "in" / f"a{i}", i, i)) for i in range(6)]
+    old = compress(adapters, tmp_path / "c", rank=6, clusters=1, dtype="fp32")
+    fit = refresh_module.fit_full
+    starts = []
+
+    def once(problem, rank, *, start, max_sweeps):
+        starts.append(start)
+        cold, warm = (fit(problem, rank, start=s, max_sweeps=1).captured[-1] for s in (None, start))
+        assert warm > cold
+        return fit(problem, rank, start=start, max_sweeps=1)
+
+    monkeypatch.setattr(refresh_module, "fit_full", once)
+    done = refresh(tmp_path / "c", adapters, tmp_path / "n")
+    assert len(starts) == len(old.manifest.slices)
+    before, after = (c.slice_errors().double().square().sum() for c in (old, done.collection))
+    assert after <= before * (1 + 1e-6)  # fp32 bases
+
+
 def test_newcomers_above_the_limit_stay_plain(world, tmp_path):
     stranger = read_adapter(write_member(tmp_path / "stranger", 9, 9, rank=12))
     done = refresh(world / "c", [*read(world / "adapters"), stranger], tmp_path / "n", max_error=0.5)
@@ -154,3 +198,8 @@ def test_a_dry_run_tells_and_writes_nothing(world, tmp_path):
     found = expected_drift(world / "c", read(world / "adapters") + read(world / "new"))
     assert found is not None and found.rebuild_pays
     assert everything(world / "c") == before
+    # The estimate holds, and stand-ins for the originals tell nearly the same.
+    done = refresh(world / "c", read(world / "adapters") + read(world / "new"), tmp_path / "n")
+    blind = expected_drift(world / "c", read(world / "new"))
+    assert found.after_rebuild == pytest.approx(done.error_after, rel=0.1)
+    assert blind is not None and blind.after_rebuild == pytest.approx(done.error_after, rel=0.1)
