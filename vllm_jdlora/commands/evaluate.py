@@ -43,6 +43,11 @@ def add_to(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    try:
+        import rouge_score  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise JDLoRAError(f"evaluation needs more packages ({error}): pip install 'vllm-jdlora[evaluate]'") from None
     from vllm_jdlora.adapter import read_adapters
     from vllm_jdlora.collection import Collection
     from vllm_jdlora.evaluation.evaluate import Evaluation, read_tasks

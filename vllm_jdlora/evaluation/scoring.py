@@ -9,7 +9,6 @@ the uncompressed adapter, say), and one by one where none does.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_jdlora.evaluation.attention import joined, new_cache, picked, repeated
 from vllm_jdlora.evaluation.model import SwitchableModel
 
 MAX_NEW_TOKENS = 64
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 512
+_POOL_TOKENS = 8192
 _LOGIT_ROWS = 256
 
 Tokens = Sequence[int]
@@ -100,15 +101,40 @@ def score(
     ]
     shared = _shared_prefix([row.prompt for row in rows])
     prefix = _prefill(model, rows[0].prompt[:shared])
+    pool: list[_Open] = []
     for batch in _batches(rows, shared, batch_tokens):
-        _score_batch(model, batch, prefix, shared, answers, max_new_tokens)
+        scored = _score_batch(model, batch, prefix, shared, max_new_tokens)
+        if answers:
+            pool += _along_drafts(model, scored, max_new_tokens)
+        if sum(part.visible.numel() for part in pool) > _POOL_TOKENS:
+            _to_the_end(model, pool, max_new_tokens)
+            pool = []
+    _to_the_end(model, pool, max_new_tokens)
     return [Score(r.loss, len(r.target), r.correct, r.answer if answers else None) for r in rows]
 
 
-def _score_batch(model: SwitchableModel, rows: list[_Row], prefix: Any, shared: int, answers: bool, limit: int) -> None:
-    cache = copy.deepcopy(prefix)
-    if shared:
-        cache.batch_repeat_interleave(len(rows))
+@dataclass
+class _Open:
+    """Rows of one batch whose answers are not at their end; the last token of each answer has not been fed yet.
+
+    ``visible`` [B, S] says which keys of the cache belong to a row's text: not padding, not a rejected draft.
+    """
+
+    rows: list[_Row]
+    visible: Tensor
+    cache: Any
+
+    def only(self, wanted: list[int]) -> _Open:
+        """Some of the rows; empty lists are fine."""
+        if len(wanted) == len(self.rows):
+            return self
+        cache = picked(self.cache, wanted) if wanted else None
+        return _Open([self.rows[i] for i in wanted], self.visible[wanted], cache)
+
+
+def _score_batch(model: SwitchableModel, rows: list[_Row], prefix: Any, shared: int, limit: int) -> _Open:
+    """Fill in loss and correctness, and the answers as far as the reference carries them."""
+    cache = repeated(prefix, len(rows))
     visible = torch.ones(len(rows), shared, dtype=torch.bool)
     fed = [row.prompt[shared:] + row.target[:-1] for row in rows]
     begins = [len(row.prompt) - shared - 1 for row in rows]
@@ -117,40 +143,56 @@ def _score_batch(model: SwitchableModel, rows: list[_Row], prefix: Any, shared: 
         [hidden[i, begin : begin + len(row.target)] for i, (row, begin) in enumerate(zip(rows, begins, strict=True))]
     )
     losses, choices = _losses(model, wanted, torch.tensor([t for row in rows for t in row.target]))
-    at = 0
-    kept = []
+    at, kept = 0, []
     for row, begin in zip(rows, begins, strict=True):
-        end = at + len(row.target)
-        row.loss = float(losses[at:end].mean())
-        row.correct = sum(a == b for a, b in zip(choices[at:end], row.target, strict=True))
-        accepted = row.accept(choices[at:end], row.target, model.end, limit)
-        kept.append(begin + accepted)
-        at = end
-    if answers:
-        visible = torch.cat([visible, _first(kept, max(map(len, fed)))], dim=1)
-        _finish(model, rows, visible, cache, limit)
+        chosen = choices[at : at + len(row.target)]
+        row.loss = float(losses[at : at + len(row.target)].mean())
+        row.correct = sum(a == b for a, b in zip(chosen, row.target, strict=True))
+        kept.append(begin + row.accept(chosen, row.target, model.end, limit))
+        at += len(row.target)
+    visible = torch.cat([visible, _first(kept, max(map(len, fed)))], dim=1)
+    return _Open(rows, visible, cache).only([i for i, row in enumerate(rows) if not row.done])
 
 
-def _finish(model: SwitchableModel, rows: list[_Row], visible: Tensor, cache: Any, limit: int) -> None:
-    """Decode what is left. The last token of each answer has not been fed yet; ``visible`` says which keys count."""
-    while True:
-        left = [i for i, row in enumerate(rows) if not row.done]
-        if not left:
-            return
-        if len(left) < len(rows):
-            rows, visible = [rows[i] for i in left], visible[left]
-            cache.batch_select_indices(torch.tensor(left, device=model.device))
-        expected = [row.continuation()[: limit - len(row.answer)] for row in rows]
-        fed = [[row.answer[-1], *following[:-1]] for row, following in zip(rows, expected, strict=True)]
-        starts = [len(row.prompt) + len(row.answer) - 1 for row in rows]
-        hidden = _forward(model, fed, starts, visible, cache)
-        lengths = [len(tokens) for tokens in fed]
-        choices = _choices(model, torch.cat([hidden[i, :n] for i, n in enumerate(lengths)]))
-        kept, at = [], 0
-        for row, following, n in zip(rows, expected, lengths, strict=True):
-            kept.append(row.accept(choices[at : at + n], following, model.end, limit))
-            at += n
-        visible = torch.cat([visible, _first(kept, max(lengths))], dim=1)
+def _along_drafts(model: SwitchableModel, part: _Open, limit: int) -> list[_Open]:
+    """Verify drafts as long as one fits; what is left, none fits any more."""
+    left = []
+    while part.rows:
+        fits = [bool(row.continuation()) for row in part.rows]
+        left.append(part.only([i for i, fit in enumerate(fits) if not fit]))
+        part = _step(model, part.only([i for i, fit in enumerate(fits) if fit]), limit)
+    return [rest for rest in left if rest.rows]
+
+
+def _to_the_end(model: SwitchableModel, pool: list[_Open], limit: int) -> None:
+    """Decode token by token, all together."""
+    if not pool:
+        return
+    rows = [row for part in pool for row in part.rows]
+    width = max(int(part.visible.sum(dim=1).max()) for part in pool)
+    cache = joined([(part.cache, part.visible) for part in pool], width)
+    part = _Open(rows, _first([int(n) for p in pool for n in p.visible.sum(dim=1)], width), cache)
+    while part.rows:
+        part = _step(model, part, limit)
+
+
+def _step(model: SwitchableModel, part: _Open, limit: int) -> _Open:
+    """One forward pass over the last token of each answer and what its draft says comes next; what is still open."""
+    rows = part.rows
+    if not rows:
+        return part
+    expected = [row.continuation()[: limit - len(row.answer)] for row in rows]
+    fed = [[row.answer[-1], *following[:-1]] for row, following in zip(rows, expected, strict=True)]
+    starts = [len(row.prompt) + len(row.answer) - 1 for row in rows]
+    hidden = _forward(model, fed, starts, part.visible, part.cache)
+    lengths = [len(tokens) for tokens in fed]
+    choices = _choices(model, torch.cat([hidden[i, :n] for i, n in enumerate(lengths)]))
+    at, kept = 0, []
+    for row, following, n in zip(rows, expected, lengths, strict=True):
+        kept.append(row.accept(choices[at : at + n], following, model.end, limit))
+        at += n
+    visible = torch.cat([part.visible, _first(kept, max(lengths))], dim=1)
+    return _Open(rows, visible, part.cache).only([i for i, row in enumerate(rows) if not row.done])
 
 
 def _forward(
@@ -167,9 +209,7 @@ def _forward(
 
 
 def _prefill(model: SwitchableModel, tokens: Tokens) -> Any:
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    cache = new_cache()
     if tokens:
         _forward(model, [tokens], [0], torch.ones(1, 0, dtype=torch.bool), cache)
     return cache
