@@ -17,6 +17,7 @@ from vllm_jdlora.commands import (
     export,
     import_lora_xs,
     inspect,
+    plan,
     refresh,
     remove,
     train,
@@ -27,6 +28,7 @@ from vllm_jdlora.errors import JDLoRAError
 
 _COMMANDS = (
     compress,
+    plan,
     calibrate,
     inspect,
     validate,
@@ -51,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JDLoRAError as error:
         print(f"jdlora: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("jdlora: stopped; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"jdlora: {'; '.join(getattr(stop, '__notes__', ['stopped; nothing was left behind']))}", file=sys.stderr)
         return 130
 
 

@@ -179,7 +179,7 @@ def test_more_clusters_than_adapters_are_refused_and_leave_nothing(tmp_path):
     adapters = [read_adapter(tiny_llama.write_adapter(tmp_path / "a0", 0))]
     with pytest.raises(JDLoRAError, match="cluster"):
         compress(adapters, tmp_path / "out" / "c", rank=2, clusters=3)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_papers_choice():

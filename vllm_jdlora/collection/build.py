@@ -1,17 +1,21 @@
-"""From checked adapters to a collection on disk: fit, measure what is stored, write."""
+"""From checked adapters to a collection on disk: fit one slice at a time, resumable, then put the files together."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
-from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, file_digest
+from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape
 from vllm_jdlora.collection.base_model import of_one_base_model
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
 from vllm_jdlora.collection.schema import (
@@ -24,13 +28,19 @@ from vllm_jdlora.collection.schema import (
     SkippedEntry,
     scalings_file,
 )
+from vllm_jdlora.collection.stream import write_streamed
+from vllm_jdlora.collection.work import WorkFolder
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.clustering import CollectionFit, fit_collection
-from vllm_jdlora.jd.problem import Factors, squared_error, squared_norm
+from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection
+from vllm_jdlora.jd.problem import Factors
+from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceRecipe
 from vllm_jdlora.peft_config import CONFIG_FILE
 
 Progress = Callable[[str, int, int], None]
+_RECIPE = 1
+"""Raised when the same adapters and options would be fitted in another way: half-done work of before is not used."""
 _SHARD_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 26
 _SMALL_STACK = 1 << 20
 
 
@@ -78,6 +88,9 @@ def compress(
 ) -> Collection:
     """Compress adapters of one base model by JD-Full into the folder ``output``.
 
+    Stopped at any point and called again with the same adapters and options, it goes on from the last finished slice
+    (kept beside ``output``) and writes the same bytes.
+
     Args:
         adapters: checked adapters with different names.
         output: folder to create.
@@ -113,18 +126,20 @@ def compress(
     rank = auto_rank if rank is None else rank
     clusters = min(auto_clusters, len(fitted)) if clusters is None else clusters
 
-    with written_atomically(output, MANIFEST_FILE, force=force) as folder:
-        source = _AdapterSource(fitted, slices)
+    storage = TORCH_DTYPES[dtype]
+    recipe = SliceRecipe(rank=rank, cast=lambda basis: basis.to(storage), sigma_dtype=storage)
+    source = _AdapterSource(fitted, slices)
+    check_settings(source, clusters)
+    digest = _digest(fitted, slices, rank=rank, clusters=clusters, seed=seed, dtype=dtype)
+    with WorkFolder(output, digest) as work, written_atomically(output, MANIFEST_FILE, force=force) as folder:
+        work.open(folder)
         with _threads_for(fitted, slices):
-            fit = fit_collection(
-                source, rank=rank, clusters=clusters, seed=seed, dtype=TORCH_DTYPES[dtype], progress=progress
-            )
-        sigma = fit.sigma.to(TORCH_DTYPES[dtype])
-        fits = sigma.isfinite().flatten(1).all(1)
-        if not fits.all():
-            too_large = fitted[int(fits.int().argmin())].path
-            raise JDLoRAError(f"{too_large}: its scaling matrices do not fit into {dtype}: give --dtype bf16")
-        norms, errors = _measure(source, fit, sigma, progress)
+            try:
+                fit = fit_collection(source, recipe, clusters=clusters, seed=seed, store=work, progress=progress)
+            except ScalingOverflow as error:
+                path = fitted[error.adapter].path
+                raise JDLoRAError(f"{path}: its scaling matrices do not fit into {dtype}: give --dtype bf16") from error
+        norms, errors = fit.squared_norm, fit.squared_error
         relative = (errors.sum(1) / norms.sum(1).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         kept = [i for i in range(len(fitted)) if max_error is None or relative[i] <= max_error]
         for i in sorted(set(range(len(fitted))) - set(kept)):
@@ -135,7 +150,7 @@ def compress(
                 f"every adapter has a relative error above {max_error:g} (the best {relative.min():.3f}): give more "
                 "rank or clusters, or allow more error"
             )
-        files = _write_tensors(folder, slices, fit, sigma[kept], (errors[kept] / norms[kept]).sqrt().float())
+        files = write_tensors(folder, slices, fit, kept, progress)
         for adapter, _, _ in plain:
             _copy_plain(adapter, folder / "plain" / adapter.name)
         manifest = CollectionManifest(
@@ -159,6 +174,18 @@ def compress(
     return Collection.open(output, verify=False)
 
 
+def _digest(adapters: Sequence[Adapter], slices: Sequence[SliceShape], **options: object) -> str:
+    """What the fit depends on: work under another digest is not gone on with. (Not `max_error`, nor what is plain.)"""
+    recipe = {
+        "recipe": _RECIPE,
+        "versions": [version("vllm-jdlora"), torch.__version__],
+        "adapters": [(a.name, a.sha256) for a in adapters],
+        "slices": [asdict(part) for part in slices],
+        **options,
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def _threads_for(adapters: Sequence[Adapter], slices: Sequence[SliceShape]) -> Iterator[None]:
     """One thread while the stacked factors of a slice are small.
@@ -175,39 +202,49 @@ def _threads_for(adapters: Sequence[Adapter], slices: Sequence[SliceShape]) -> I
         torch.set_num_threads(before)
 
 
-def _measure(
-    source: _AdapterSource, fit: CollectionFit, sigma: torch.Tensor, progress: Progress | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms and squared errors [n, slices] in fp64, for bases and scalings exactly as they are stored."""
-    norms = torch.zeros(sigma.shape[:2], dtype=torch.float64)
-    errors = torch.zeros_like(norms)
-    for m in range(sigma.shape[1]):
-        if progress:
-            progress("measure", m, sigma.shape[1])
-        for i, factors in enumerate(source.factors(m)):
-            if factors is not None:
-                k = fit.cluster[i]
-                norms[i, m] = squared_norm(factors.b, factors.a)
-                errors[i, m] = squared_error(factors.b, factors.a, fit.u[m][k], sigma[i, m], fit.v[m][k])
-    if progress:
-        progress("measure", sigma.shape[1], sigma.shape[1])
-    return norms, errors
-
-
-def _write_tensors(
-    folder: Path, slices: Sequence[SliceShape], fit: CollectionFit, sigma: torch.Tensor, errors: torch.Tensor
+def write_tensors(
+    folder: Path, slices: Sequence[SliceShape], fit: CollectionFit, kept: Sequence[int], progress: Progress | None
 ) -> dict[str, str]:
-    bases = {}
-    for part, u, v in zip(slices, fit.u, fit.v, strict=True):
-        bases[f"{part.name}.U"] = u.contiguous()
-        bases[f"{part.name}.V"] = v.contiguous()
-    tensors = {BASES_FILE: bases, ERRORS_FILE: {"relative_error": errors}}
-    rows = max(1, _SHARD_BYTES // (sigma[0].numel() * sigma.element_size()))
-    for shard, start in enumerate(range(0, len(sigma), rows)):
-        tensors[scalings_file(shard)] = {"sigma": sigma[start : start + rows].contiguous()}
-    for name, content in tensors.items():
-        save_file(content, folder / name)
-    return {name: file_digest(folder / name) for name in tensors}
+    """Bases, scalings and errors of the adapters `kept` (positions in the fit), streamed; file → SHA-256."""
+    report = progress or _quiet
+    first = fit.slice(0)
+    files = {}
+
+    def bases() -> Iterator[Tensor]:
+        for index in range(len(slices)):
+            part = fit.slice(index)
+            yield part.u
+            yield part.v
+            report("write", index + 1, len(slices) + len(kept))
+
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for part in slices:
+        layout[f"{part.name}.U"] = (first.u.dtype, (len(first.u), part.d_out, first.u.shape[2]))
+        layout[f"{part.name}.V"] = (first.v.dtype, (len(first.v), first.v.shape[1], part.d_in))
+    files[BASES_FILE] = write_streamed(folder / BASES_FILE, layout, bases())
+
+    def rows(begin: int, end: int) -> Iterator[Tensor]:
+        for at in range(begin, end, piece):
+            chosen = torch.tensor(kept[at : min(end, at + piece)])
+            yield torch.stack([fit.slice(index).sigma[chosen] for index in range(len(slices))], 1)
+            report("write", len(slices) + at + len(chosen), len(slices) + len(kept))
+
+    sigma = first.sigma
+    row_bytes = len(slices) * sigma[0].numel() * sigma.element_size()
+    shard, piece = (max(1, limit // row_bytes) for limit in (_SHARD_BYTES, _PIECE_BYTES))
+    for number, begin in enumerate(range(0, len(kept), shard)):
+        end = min(len(kept), begin + shard)
+        name = scalings_file(number)
+        shape = (end - begin, len(slices), *sigma.shape[1:])
+        files[name] = write_streamed(folder / name, {"sigma": (sigma.dtype, shape)}, rows(begin, end))
+    errors = (fit.squared_error[kept] / fit.squared_norm[kept]).sqrt().float()
+    layout = {"relative_error": (errors.dtype, tuple(errors.shape))}
+    files[ERRORS_FILE] = write_streamed(folder / ERRORS_FILE, layout, [errors])
+    return files
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    pass
 
 
 def _adapter_entry(adapter: Adapter, cluster: int, error: float) -> AdapterEntry:

@@ -23,13 +23,28 @@ def readable_bytes(count: float) -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage on stderr, called as (stage, done, total)."""
+    """A bar for each stage on stderr, with the time it has left, called as (stage, done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    # Slices of large models take seconds each: the estimate needs minutes of them.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=300) as bars:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

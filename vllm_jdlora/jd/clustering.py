@@ -1,18 +1,22 @@
-"""JD-Full of a whole collection: one cluster for each adapter over all slices, bases for each cluster."""
+"""JD of a whole collection: one cluster for each adapter, found on a few slices, then passes over all slices.
+
+Paper, Appendix A.3, arranged so that one slice's factors are in memory at a time. Each pass reads every slice once and
+hands what became of it to a store; a store that keeps it on disk makes the fit resumable.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.alternation import Clustering, Progress, alternate, refit
+from vllm_jdlora.jd.alternation import Clustering, Progress, alternate, reassign, refit
+from vllm_jdlora.jd.passes import FitStore, MemoryStore, MetricOf, Pass, Slices, finished_pass, loaded, run_pass
 from vllm_jdlora.jd.problem import FactorSource, SliceProblem
-from vllm_jdlora.jd.projection import refit_sigma
+from vllm_jdlora.jd.slice_fit import SliceFit, SliceRecipe
 from vllm_jdlora.jd.start import candidate_starts
 
 # Starts are compared on a few slices, drawn by seed, whose stacks stay in memory: at most so many slices and
@@ -22,94 +26,108 @@ _PROBE_VALUES = 2**28
 # Sweeps that tell a good start from a bad one, and rounds on the probes before all slices are read again.
 _PROBE_SWEEPS = 2
 _PROBE_ROUNDS = 5
+# Another pass over all slices must promise to lower the remaining error by this share of it.
+_WORTH_A_PASS = 1e-3
 
 
 @dataclass(frozen=True)
 class CollectionFit:
-    """The compressed collection: n adapters, S slices, K clusters, rank R; all on the CPU.
-
-    Bases are in the storage dtype; `sigma` was refitted after the cast, so it belongs to exactly these bases.
-    Columns of u and rows of v beyond a cluster's effective rank are zero.
-    """
+    """The compressed collection: n adapters, S slices. Bases and Σ stay in the store, one slice at a time."""
 
     cluster: Tensor  # [n] int64
-    u: list[Tensor]  # for each slice [K, d_out, R]
-    v: list[Tensor]  # for each slice [K, R, d_in]
-    sigma: Tensor  # [n, S, R, R] fp32, s and norms folded in; zero where the adapter has nothing
     squared_norm: Tensor  # [n, S] fp64, ‖ΔW‖_F²
-    squared_error: Tensor  # [n, S] fp64, ‖ΔW − UΣV‖_F² of the values returned
-    rounds: int
-    objective: list[float]  # ΣΣ ‖ΔW − UΣV‖²/‖ΔW‖² after each round, before the cast; never rises
+    squared_error: Tensor  # [n, S] fp64, ‖ΔW − UΣV‖_F² of the values as stored
+    output_norm: Tensor | None  # [n, S] fp64, both in the metric, where there is one
+    output_error: Tensor | None
+    passes: int  # over all slices, one that was dropped included
+    objective: list[float]  # Σ of `SliceFit.relative` over adapters and slices after each accepted pass; falls
+    slice: Callable[[int], SliceFit]  # by position
 
 
 def fit_collection(
     source: FactorSource,
+    recipe: SliceRecipe,
     *,
-    rank: int,
     clusters: int,
     seed: int = 0,
-    max_rounds: int = 10,
-    max_sweeps: int = 20,
+    max_passes: int = 4,
+    metric_of: MetricOf | None = None,
+    store: FitStore | None = None,
     progress: Progress | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> CollectionFit:
     """Fit bases, assignment and scalings of all adapters of `source`, each of unit norm in each slice.
 
-    rank: R, columns of each basis. clusters: K ≤ n. seed: draws the starts; the same seed and inputs give the
-    same bits on one machine. max_rounds: refits between assignments. max_sweeps: Gauss–Seidel sweeps of the
-    last refit. progress: called as (stage, done, total) with stages "start" (K > 1), "fit" (once or several
-    times) and "store". dtype: of the bases returned.
-    Raises JDLoRAError if rank, clusters, rounds or the factors do not make sense.
+    clusters: K ≤ n. seed: draws the starts; the same seed and inputs give the same bits on one machine with one number
+    of threads. max_passes: over all slices; there is another while adapters gain clearly from moving. store: where
+    slices are kept; one that holds part of this very fit is gone on with, to the same bits. progress: called as
+    (stage, done, total) with stages "start" (K > 1), "fit" and "refit N".
+    Raises JDLoRAError if clusters, passes or the factors do not make sense.
     """
-    if rank < 1:
-        raise JDLoRAError(f"rank {rank}: give a rank of at least 1")
+    check_settings(source, clusters, max_passes)
+    report = progress or _quiet
+    store = store or MemoryStore()
+    slices = Slices(source, metric_of)
+    number = len(store.accepted())
+    if number == 0:
+        if store.cluster(0) is None:
+            store.begin(0, assignment(slices, source.n, recipe.rank, clusters, seed, report))
+        best = run_pass(slices, recipe, clusters, store, 0, range(clusters), report)
+        store.accept(0, best.objective)
+        number = 1
+    else:
+        best = finished_pass(slices, clusters, store, number - 1)
+    while number < max_passes:
+        proposed = reassign(best.clustering())
+        if not proposed.changed or _promised(best, proposed.cluster) <= _WORTH_A_PASS * best.remaining:
+            break
+        if store.cluster(number) is None:
+            store.begin(number, proposed.cluster)
+        again = run_pass(slices, recipe, clusters, store, number, proposed.changed, report)
+        number += 1
+        if again.objective >= best.objective:
+            break
+        best = again
+        store.accept(best.number, best.objective)
+    kept = best.number
+    return CollectionFit(
+        cluster=best.cluster,
+        squared_norm=best.squared_norm,
+        squared_error=best.squared_error,
+        output_norm=best.output_norm,
+        output_error=best.output_error,
+        passes=number,
+        objective=store.accepted(),
+        slice=lambda index: loaded(store, kept, index),
+    )
+
+
+def check_settings(source: FactorSource, clusters: int, max_passes: int = 1) -> None:
+    """Raises JDLoRAError for what `fit_collection` would refuse before it reads any factors."""
     if source.n < 1 or not source.slice_names:
         raise JDLoRAError("there is nothing to compress: give at least one adapter with one target module")
     if not 1 <= clusters <= source.n:
         raise JDLoRAError(f"{clusters} clusters for {source.n} adapters: give between 1 and {source.n}")
-    if max_rounds < 1 or max_sweeps < 1:
-        raise JDLoRAError(f"max_rounds {max_rounds}, max_sweeps {max_sweeps}: give at least 1 of each")
-    report = progress or _quiet
-    slices = _Slices(source)
+    if max_passes < 1:
+        raise JDLoRAError(f"max_passes {max_passes}: give at least 1")
+
+
+def assignment(slices: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int, report: Progress) -> Tensor:
+    """Labels [n] int64 in 0..clusters−1, from a few of the slices held in memory."""
     if clusters == 1:
-        together = Clustering.unfitted(torch.zeros(source.n, dtype=torch.int64), 1)
-        state = refit(slices, together, rank, max_sweeps, report)
-    else:
-        start = _best_start(slices, source.n, rank, clusters, seed, report)
-        state = alternate(
-            slices, start, clusters, rank=rank, max_rounds=max_rounds, max_sweeps=max_sweeps, report=report
-        )
-    return _store(slices, state, rank, dtype, report)
-
-
-def _quiet(stage: str, done: int, total: int) -> None:
-    pass
-
-
-class _Slices(Sequence[SliceProblem]):
-    """The source's slices, stacked anew at each access: only the current slice is held in memory."""
-
-    def __init__(self, source: FactorSource) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source.slice_names)
-
-    @overload
-    def __getitem__(self, index: int) -> SliceProblem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SliceProblem]: ...
-    def __getitem__(self, index: int | slice) -> SliceProblem | Sequence[SliceProblem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        name = self._source.slice_names[index]
-        factors = self._source.factors(index)
-        if len(factors) != self._source.n:
-            raise JDLoRAError(f"slice {name}: factors of {len(factors)} adapters, expected {self._source.n}")
-        return SliceProblem.from_factors(factors, name)
-
-    def __iter__(self) -> Iterator[SliceProblem]:
-        return (self[index] for index in range(len(self)))
+        return torch.zeros(n, dtype=torch.int64)
+    probes = _probes(slices, seed)
+    candidates = candidate_starts(probes, n, rank, clusters, seed)
+    objectives = []
+    for done, labels in enumerate(candidates):
+        state = refit(probes, Clustering.unfitted(labels, clusters), rank, _PROBE_SWEEPS, _quiet)
+        objectives.append(state.objective[-1])
+        report("start", done + 1, len(candidates) + 1)
+    best = candidates[objectives.index(min(objectives))]
+    state = alternate(
+        probes, best, clusters, rank=rank, max_rounds=_PROBE_ROUNDS, max_sweeps=_PROBE_SWEEPS, report=_quiet
+    )
+    report("start", len(candidates) + 1, len(candidates) + 1)
+    return state.cluster
 
 
 def _probes(slices: Sequence[SliceProblem], seed: int) -> list[SliceProblem]:
@@ -125,56 +143,14 @@ def _probes(slices: Sequence[SliceProblem], seed: int) -> list[SliceProblem]:
     return probes
 
 
-def _best_start(
-    slices: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int, report: Progress
-) -> Tensor:
-    """Labels [n]: the candidate of least objective on the probe slices, after some rounds there."""
-    probes = _probes(slices, seed)
-    candidates = candidate_starts(probes, n, rank, clusters, seed)
-    objectives = []
-    for done, labels in enumerate(candidates):
-        state = refit(probes, Clustering.unfitted(labels, clusters), rank, _PROBE_SWEEPS, _quiet)
-        objectives.append(state.objective[-1])
-        report("start", done + 1, len(candidates) + 1)
-    best = candidates[objectives.index(min(objectives))]
-    state = alternate(
-        probes,
-        best,
-        clusters,
-        rank=rank,
-        max_rounds=_PROBE_ROUNDS,
-        max_sweeps=_PROBE_SWEEPS,
-        report=_quiet,
-    )
-    report("start", len(candidates) + 1, len(candidates) + 1)
-    return state.cluster
+def _quiet(stage: str, done: int, total: int) -> None:
+    pass
 
 
-def _store(
-    slices: Sequence[SliceProblem], state: Clustering, rank: int, dtype: torch.dtype, report: Progress
-) -> CollectionFit:
-    """Cast the bases, refit Σ on them, measure the exact errors."""
-    n = len(state.cluster)
-    sigma = torch.zeros(n, len(slices), rank, rank)
-    norm, error = (torch.zeros(n, len(slices), dtype=torch.float64) for _ in range(2))
-    us, vs = ([basis.to(dtype) for basis in bases] for bases in (state.u, state.v))
-    for index, (problem, u, v) in enumerate(zip(slices, us, vs, strict=True)):
-        device = problem.a.device
-        members = problem.members.cpu()
-        norm[members, index] = problem.squared_norms.cpu()
-        for k in range(state.clusters):
-            positions = (state.cluster[members] == k).nonzero()[:, 0]
-            at = members[positions]
-            best, squared = refit_sigma(problem.subset(positions), u[k].to(device), v[k].to(device))
-            sigma[at, index], error[at, index] = best.cpu(), squared.cpu()
-        report("store", index + 1, len(slices))
-    return CollectionFit(
-        cluster=state.cluster,
-        u=us,
-        v=vs,
-        sigma=sigma,
-        squared_norm=norm,
-        squared_error=error,
-        rounds=len(state.objective),
-        objective=state.objective,
-    )
+def _promised(before: Pass, cluster: Tensor) -> float:
+    """Energy that the proposed labels capture more, on bases as they are; a cluster that was empty may take all."""
+    moved = cluster != before.cluster
+    empty = torch.bincount(before.cluster[before.weight > 0], minlength=before.captured.shape[1]) == 0
+    own = before.captured.gather(1, before.cluster[:, None])[:, 0]
+    then = before.captured.gather(1, cluster[:, None])[:, 0].where(~empty[cluster], before.weight)
+    return float((then - own)[moved].sum())

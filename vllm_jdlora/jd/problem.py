@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
 
-# Stacks up to this many rows are kept in fp64: they are cheap, and errors near zero stay meaningful. Larger ones
-# stay in fp32 (the adapters' own precision), with fp64 sums.
+# Stacks up to so many rows and values are kept in fp64: they are cheap, and errors near zero stay meaningful. Larger
+# ones stay in fp32 (the adapters' own precision), with fp64 sums.
 _ROWS_IN_FP64 = 4096
+_VALUES_IN_FP64 = 2**23
 # ‖BA‖² below this share of ‖B‖²‖A‖² is rounding of fp32 factors: the adapter has nothing in this slice.
 _NOTHING = 1e-14
 
@@ -97,7 +98,8 @@ class SliceProblem:
         d_out, d_in = present[0][1].b.shape[0], present[0][1].a.shape[1]
         present.sort(key=lambda entry: entry[1].a.shape[0])
         rows = sum(f.a.shape[0] for _, f in present)
-        dtype = torch.float64 if rows <= _ROWS_IN_FP64 else torch.float32
+        small = rows <= _ROWS_IN_FP64 and rows * (d_out + d_in) <= _VALUES_IN_FP64
+        dtype = torch.float64 if small else torch.float32
         bts, rights, ranks, members, weights, scale = [], [], [], [], [], []
         for index, f in present:
             if f.b.shape[0] != d_out or f.a.shape[1] != d_in:

@@ -34,6 +34,19 @@ def refit_sigma(problem: SliceProblem, u: Tensor, v: Tensor) -> tuple[Tensor, Te
     return sigma, (problem.squared_norms - 2 * cross + square).clamp_min(0)
 
 
+def squared_errors(problem: SliceProblem, u: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
+    """‖ΔW_i − U Σ_i v‖_F² [m] fp64 in true scale, for scalings as they are stored: any dtype, best ones or not.
+
+    u [d_out, R], v [R, d_in]; sigma [m, R, R], or [m, R] for diagonal ones.
+    """
+    u, v, exact = u.double(), v.double().T, sigma.double()
+    exact = exact if exact.ndim == 3 else torch.diag_embed(exact)
+    overlap = problem.sigmas(_rows_times(problem.bt, u), _rows_times(problem.a, v))
+    cross = (overlap * exact).flatten(1).sum(1) * problem.scale
+    square = (((u.T @ u) @ exact) * (exact @ (v.T @ v))).flatten(1).sum(1)
+    return (problem.squared_norms - 2 * cross + square).clamp_min(0)
+
+
 def captured_by_cluster(problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
     """w_i‖U_kᵀ ΔW_i V_k‖² [m, K] fp64 for orthonormal bases u [K, d_out, R], v [K, R, d_in]."""
     clusters, _, rank = u.shape

@@ -1,0 +1,203 @@
+"""Passes over all slices, each of which reads every slice once and keeps what became of it in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.jd.alternation import Clustering, Progress
+from vllm_jdlora.jd.problem import FactorSource, SliceProblem
+from vllm_jdlora.jd.slice_fit import Metric, SliceFit, SliceRecipe, fit_slice
+
+_Measures = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+MetricOf = Callable[[int], Metric]
+"""The metric of a slice, by its position; called when the slice is visited and not kept."""
+
+
+class FitStore(Protocol):
+    """Keeps the slices of a pass. What `save` got, and `accept`, must survive the end of the process, or not at all."""
+
+    def begin(self, number: int, cluster: Tensor) -> None:
+        """Pass `number` starts, with these labels [n]."""
+
+    def cluster(self, number: int) -> Tensor | None:
+        """Labels of a pass that has begun."""
+
+    def save(self, number: int, index: int, fit: SliceFit) -> None: ...
+    def load(self, number: int, index: int) -> SliceFit | None:
+        """A slice that was saved; its large tensors need not be in memory."""
+
+    def accept(self, number: int, objective: float) -> None:
+        """Pass `number` is complete and better than those before; they are not needed any more."""
+
+    def accepted(self) -> list[float]:
+        """Objectives of the passes 0, 1, … that were accepted."""
+
+
+class MemoryStore:
+    """A store for collections that fit in memory."""
+
+    def __init__(self) -> None:
+        self._cluster: dict[int, Tensor] = {}
+        self._fits: dict[tuple[int, int], SliceFit] = {}
+        self._accepted: list[float] = []
+
+    def begin(self, number: int, cluster: Tensor) -> None:
+        self._cluster[number] = cluster
+
+    def cluster(self, number: int) -> Tensor | None:
+        return self._cluster.get(number)
+
+    def save(self, number: int, index: int, fit: SliceFit) -> None:
+        self._fits[number, index] = fit
+
+    def load(self, number: int, index: int) -> SliceFit | None:
+        return self._fits.get((number, index))
+
+    def accept(self, number: int, objective: float) -> None:
+        self._accepted = [*self._accepted[:number], objective]
+        self._fits = {key: fit for key, fit in self._fits.items() if key[0] >= number}
+
+    def accepted(self) -> list[float]:
+        return self._accepted
+
+
+class Slices(Sequence[SliceProblem]):
+    """The source's slices in the metric, stacked anew at each access: only the current one is held in memory."""
+
+    def __init__(self, source: FactorSource, metric_of: MetricOf | None) -> None:
+        self.n = source.n
+        self._source = source
+        self._metric_of = metric_of
+
+    def __len__(self) -> int:
+        return len(self._source.slice_names)
+
+    def __getitem__(self, index: int) -> SliceProblem:  # type: ignore[override]
+        metric = self.metric(index)
+        return self.plain(index) if metric is None else metric.applied_to(self.plain(index))
+
+    def __iter__(self) -> Iterator[SliceProblem]:
+        return (self[index] for index in range(len(self)))
+
+    def metric(self, index: int) -> Metric | None:
+        return None if self._metric_of is None else self._metric_of(index)
+
+    def plain(self, index: int) -> SliceProblem:
+        """The slice's adapters as they are."""
+        name = self._source.slice_names[index]
+        with _one_thread():
+            factors = self._source.factors(index)
+            if len(factors) != self._source.n:
+                raise JDLoRAError(f"slice {name}: factors of {len(factors)} adapters, expected {self._source.n}")
+            return SliceProblem.from_factors(factors, name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For many small products: 1,000 adapters of 7B size are stacked in 1 s by one thread, and in 11 to 79 s by two
+    when another process wants the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class Pass:
+    """What a pass found out of all slices, without bases and Σ."""
+
+    number: int
+    cluster: Tensor  # [n]
+    captured: Tensor  # [n, K] summed over slices
+    weight: Tensor  # [n] slices where the adapter has something
+    squared_norm: Tensor  # [n, S], the fields of `SliceFit` of these names
+    squared_error: Tensor
+    output_norm: Tensor | None
+    output_error: Tensor | None
+    objective: float  # as stored, in the metric where there is one
+
+    @property
+    def remaining(self) -> float:
+        """Energy that the bases before the cast leave, in units of one adapter in one slice."""
+        return max(0.0, float((self.weight - self.captured.gather(1, self.cluster[:, None])[:, 0]).sum()))
+
+    def clustering(self) -> Clustering:
+        return Clustering(self.cluster, [], [], self.captured, self.weight, [], [self.objective])
+
+
+def run_pass(
+    slices: Slices,
+    recipe: SliceRecipe,
+    clusters: int,
+    store: FitStore,
+    number: int,
+    changed: Sequence[int],
+    report: Progress,
+) -> Pass:
+    """Visit every slice that the store does not have yet."""
+    cluster = store.cluster(number)
+    assert cluster is not None
+    for index in range(len(slices)):
+        if store.load(number, index) is None:
+            before = loaded(store, number - 1, index) if number else None
+            fit = fit_slice(
+                slices.plain(index),
+                cluster,
+                clusters,
+                recipe,
+                metric=slices.metric(index),
+                before=before,
+                changed=changed,
+            )
+            store.save(number, index, fit)
+        report(f"refit {number}" if number else "fit", index + 1, len(slices))
+    return finished_pass(slices, clusters, store, number)
+
+
+def finished_pass(slices: Slices, clusters: int, store: FitStore, number: int) -> Pass:
+    """The sums of a pass whose slices are all in the store."""
+    cluster = store.cluster(number)
+    assert cluster is not None
+    captured = torch.zeros(slices.n, clusters, dtype=torch.float64)
+    weight = torch.zeros(slices.n, dtype=torch.float64)
+    fits: list[_Measures] = []
+    objective = 0.0
+    for index in range(len(slices)):
+        fit = loaded(store, number, index)
+        captured += fit.captured
+        weight += fit.squared_norm > 0
+        objective += float(fit.relative().sum())
+        fits.append((fit.squared_norm, fit.squared_error, fit.output_norm, fit.output_error))
+    norm, error, output_norm, output_error = zip(*fits, strict=True)
+    return Pass(
+        number=number,
+        cluster=cluster,
+        captured=captured,
+        weight=weight,
+        squared_norm=torch.stack(norm, 1),
+        squared_error=torch.stack(error, 1),
+        output_norm=_by_slice(output_norm),
+        output_error=_by_slice(output_error),
+        objective=objective,
+    )
+
+
+def _by_slice(columns: Sequence[Tensor | None]) -> Tensor | None:
+    present = [column for column in columns if column is not None]
+    return torch.stack(present, 1) if present else None
+
+
+def loaded(store: FitStore, number: int, index: int) -> SliceFit:
+    fit = store.load(number, index)
+    if fit is None:
+        raise JDLoRAError(f"slice {index} of pass {number} is lost: start the compression again")
+    return fit
