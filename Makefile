@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench clean
+.PHONY: help setup demo serve test test-fast lint bench bench-compress clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## throughput of vllm serve with compressed and with plain adapters, side by side
 	$(BIN)/python loadtests/bench.py
+
+bench-compress: setup  ## compression of 1,000 synthetic adapters of a 7B model: time by phase, memory, growth
+	$(BIN)/python loadtests/bench_compress.py
 
 clean:  ## remove build products and tool caches (not .venv, nor ~/.cache/vllm-jdlora)
 	rm -rf build dist *.egg-info configs/cpu/stand-ins/*/build configs/cpu/stand-ins/*/*.egg-info
