@@ -1,0 +1,200 @@
+"""Budgets: predicted errors are those of real fits, bytes are exact, and choices are the best of their grid."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tests.jd.dense import ListSource, dense, family_factors, random_factors
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.jd import budget
+from vllm_jdlora.jd.budget import (
+    ErrorCurves,
+    Sizes,
+    choices,
+    choose_for_bytes,
+    choose_for_error,
+    cluster_grid,
+    curves_of,
+    error_curves,
+    frontier,
+    water_filling,
+)
+from vllm_jdlora.jd.full import fit_full
+from vllm_jdlora.jd.paper_preset import paper_preset
+from vllm_jdlora.jd.problem import Factors, SliceProblem
+
+FAMILIES = [0, 0, 0, 0, 1, 1, 1, 1]
+SLICES = [family_factors(FAMILIES, 24, 3, 0.1, seed=m) for m in range(2)]
+RANKS = (1, 2, 3, 4, 6, 24)
+
+
+@pytest.fixture(scope="module")
+def measured() -> ErrorCurves:
+    probes = [SliceProblem.from_factors(factors, "s") for factors in SLICES]
+    return error_curves(probes, 8, clusters=(1, 2, 3, 8), ranks=RANKS, effort=0)
+
+
+def sizes_of(curves: ErrorCurves, slices: int = 2) -> Sizes:
+    return Sizes(((24, 24),) * slices, (8 * slices * 3 * 48,) * curves.n)
+
+
+def planted(relative: list[list[list[float]]], clusters: tuple[int, ...], ranks: tuple[int, ...]) -> ErrorCurves:
+    """Curves with the given relative errors [C, G, n] in one slice of unit norms."""
+    squared = torch.tensor(relative, dtype=torch.float64).square()[..., None]
+    n = squared.shape[2]
+    labels = torch.zeros(len(clusters), n, dtype=torch.int64)
+    return ErrorCurves(clusters, ranks, labels, squared, torch.ones(n, 1, dtype=torch.float64))
+
+
+def test_the_grid_ends_with_the_svd_of_each_adapter() -> None:
+    assert cluster_grid(1) == (1,) and cluster_grid(2) == (1, 2) and cluster_grid(9) == (1, 2, 3, 4, 9)
+    assert max(cluster_grid(1000)[:-1]) <= 500
+
+
+def test_predicted_errors_are_those_of_a_fit_at_every_rank(measured: ErrorCurves) -> None:
+    row = measured.clusters.index(2)
+    assert len({tuple(measured.labels[row, :4].tolist()), tuple(measured.labels[row, 4:].tolist())}) == 2
+    for column, rank in enumerate(RANKS):
+        for m, factors in enumerate(SLICES):
+            for part in (slice(0, 4), slice(4, 8)):
+                fit = fit_full(SliceProblem.from_factors(factors[part], "s"), rank, max_sweeps=100)
+                own = 4 - fit.captured[-1]
+                nested = measured.squared_error[row, column, part, m] / measured.squared_norm[part, m]
+                # One sweep from the leading columns is never better than the best of its rank, but for the digits that
+                # convergence leaves; it misses most below the family's own rank, 3.
+                assert own - 1e-3 <= float(nested.sum()) <= own * 1.05 + 0.01
+
+
+def test_more_rank_never_loses_more(measured: ErrorCurves) -> None:
+    assert float(measured.relative_squared().mean(2).diff(dim=1).max()) <= 1e-12
+    assert float(measured.squared_error[:, -1].max()) < 1e-9  # rank 24 holds any matrix here
+
+
+def test_as_many_clusters_as_adapters_are_truncated_svds(measured: ErrorCurves) -> None:
+    for column, rank in enumerate(RANKS):
+        for i in range(8):
+            tails = [torch.linalg.svdvals(dense(factors[i]))[rank:].square().sum() for factors in SLICES]
+            norms = [dense(factors[i]).square().sum() for factors in SLICES]
+            expected = float(sum(tails) / sum(norms))
+            assert float(measured.relative_squared()[-1, column, i]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_adapter_that_no_probe_holds_counts_as_the_worst() -> None:
+    factors = [*random_factors(4, 20, 20, 3), None]
+    curves = error_curves([SliceProblem.from_factors(factors, "s")], 5, clusters=(1,), ranks=(2, 4))
+    relative = curves.relative_squared()
+    assert torch.equal(relative[:, :, 4], relative[:, :, :4].amax(2))
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    sizes = Sizes(((6, 4), (2, 4)), (100, 200, 300), basis_width=1, sigma_width=2, always_plain=7)
+    k, r, kept = 2, 3, 2
+    tensors = [torch.zeros(k, d_out, r, dtype=torch.int8) for d_out, _ in sizes.slices]
+    tensors += [torch.zeros(k, r, d_in, dtype=torch.int8) for _, d_in in sizes.slices]
+    tensors += [torch.zeros(kept, 2, r, r, dtype=torch.bfloat16)]
+    assert sizes.total(k, r, [1]) == sum(t.numel() * t.element_size() for t in tensors) + 200 + 7
+    assert sizes.uncompressed == 607
+
+
+def test_a_byte_budget_gets_the_least_error_that_fits(measured: ErrorCurves) -> None:
+    sizes = sizes_of(measured)
+    relative = measured.relative_squared()
+    for share in (0.1, 0.2, 0.5):
+        most = int(share * sizes.uncompressed)
+        options = [
+            float(relative[row, column].mean())
+            for (row, k), (column, rank) in itertools.product(enumerate((1, 2, 3)), enumerate(RANKS))
+            if sizes.total(k, rank) <= most
+        ]
+        found = choose_for_bytes(measured, sizes, most)
+        assert found.bytes == sizes.total(found.clusters, found.rank) <= most
+        assert found.mean_squared_error == pytest.approx(min(options)) and not found.plain
+    with pytest.raises(JDLoRAError, match=rf"rank 1, 1 clusters\) takes {sizes.total(1, 1)}"):
+        choose_for_bytes(measured, sizes, 10)
+
+
+def test_an_error_budget_gets_the_fewest_bytes_that_keep_it(measured: ErrorCurves) -> None:
+    sizes = sizes_of(measured)
+    errors = measured.relative_squared().sqrt()
+    for most in (0.3, 0.5, 0.8):
+        found = choose_for_error(measured, sizes, most, margin=0)
+        totals = []
+        for (row, k), (column, rank) in itertools.product(enumerate((1, 2, 3)), enumerate(RANKS)):
+            plain = [i for i in range(8) if float(errors[row, column, i]) > most]
+            if len(plain) < 8:
+                totals.append(sizes.total(k, rank, plain))
+        assert found.bytes == min(totals) and found.max_error <= most
+    stricter = choose_for_error(measured, sizes, 0.5, margin=0.5)
+    assert stricter.max_error <= 0.5 / 1.5 and stricter.bytes >= choose_for_error(measured, sizes, 0.5).bytes
+
+
+def test_keeping_one_hard_adapter_plain_wins_over_a_rank_for_all() -> None:
+    easy, hard = [[0.1] * 9 + [0.9]], [[0.05] * 9 + [0.3]]
+    curves = planted([easy + hard], (1,), (4, 16))
+    sizes = Sizes(((64, 64),), (2 * 16 * 128,) * 10)
+    found = choose_for_error(curves, sizes, 0.35, margin=0)
+    assert (found.rank, found.plain) == (4, (9,)) and found.bytes == sizes.total(1, 4, [9])
+    # With a plain adapter as dear as everything else it is the other way round.
+    found = choose_for_error(curves, Sizes(sizes.slices, (*sizes.plain[:9], 100_000)), 0.35, margin=0)
+    assert (found.rank, found.plain) == (16, ())
+
+
+def test_an_error_that_only_plain_adapters_keep_says_what_can_be_reached() -> None:
+    curves = planted([[[0.5] * 4]], (1,), (4,))
+    with pytest.raises(JDLoRAError, match=r"0\.500 can be reached"):
+        choose_for_error(curves, Sizes(((64, 64),), (4096,) * 4), 0.2)
+
+
+def test_the_frontier_has_no_choice_that_another_beats(measured: ErrorCurves) -> None:
+    sizes = sizes_of(measured)
+    best = frontier(measured, sizes)
+    for one in choices(measured, sizes):
+        assert any(b.bytes <= one.bytes and b.mean_squared_error <= one.mean_squared_error for b in best)
+    assert all(a.bytes < b.bytes and a.mean_squared_error > b.mean_squared_error for a, b in itertools.pairwise(best))
+
+
+def test_water_filling_finds_the_optimum_of_concave_gains() -> None:
+    draw = torch.Generator().manual_seed(0)
+    ranks = (4, 8, 12, 16)
+    gains = torch.rand(4, 3, generator=draw, dtype=torch.float64).sort(1, descending=True).values
+    lost = 5 - torch.cat([torch.zeros(4, 1, dtype=torch.float64), gains.cumsum(1)], 1)
+    costs = [[float(rank) for rank in ranks]] * 4
+    found = water_filling(lost, ranks, costs, 36)
+    best = min(
+        sum(float(lost[s, i]) for s, i in enumerate(chosen))
+        for chosen in itertools.product(range(4), repeat=4)
+        if sum(ranks[i] for i in chosen) <= 36
+    )
+    assert sum(found) <= 36
+    assert sum(float(lost[s, ranks.index(r)]) for s, r in enumerate(found)) == pytest.approx(best)
+    # A gain that only comes at the second step is taken too.
+    assert water_filling(torch.tensor([[1.0, 1.0, 0.0]]), (4, 8, 12), [[4.0, 8.0, 12.0]], 12) == (12,)
+    with pytest.raises(JDLoRAError, match="rank 4 in every slice"):
+        water_filling(lost, ranks, costs, 15)
+
+
+def test_the_papers_choice_takes_the_least_clusters_under_its_error() -> None:
+    assert [(paper_preset([], n).rank, paper_preset([], n).clusters) for n in (1, 32, 64, 100)] == [
+        (16, 1), (24, 1), (40, 1), (64, 1)]  # fmt: skip
+    # Adapters of rank 2 in 4 families of 16 dimensions: one basis holds a quarter of them, two a half, four all.
+    draw = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(64, 64, generator=draw)).Q.split(16, 1) for _ in range(2))
+    factors = [
+        Factors(left[i % 4] @ torch.randn(16, 2, generator=draw), torch.randn(2, 16, generator=draw) @ right[i % 4].T)
+        for i in range(104)
+    ]
+    middle = SliceProblem.from_factors(factors, "s")
+    found = paper_preset([middle, middle, middle], 104)
+    assert (found.rank, found.clusters) == (16, 2)
+    assert found.squared_error is not None and 0.3 < found.squared_error < 0.6
+
+
+def test_curves_of_a_source_are_those_of_its_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "_SEARCH_EFFORT", 0)
+    curves = curves_of(ListSource(SLICES))
+    assert curves.n == 8 and curves.clusters == cluster_grid(8) and curves.squared_norm.shape == (8, 2)
+    assert math.isclose(float(curves.relative_squared()[-1, -1].max()), 0, abs_tol=1e-9)  # rank 64 holds it all

@@ -1,0 +1,115 @@
+"""`jdlora plan` as a user meets it: exact bytes, errors that the compression keeps, a command that can be run."""
+
+import argparse
+import json
+import shlex
+
+import pytest
+
+from tests import tiny_llama
+from vllm_jdlora.cli import main
+from vllm_jdlora.collection import Collection
+from vllm_jdlora.commands.byte_budget import byte_budget, size_in_bytes
+from vllm_jdlora.jd import budget
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    for i in range(6):
+        tiny_llama.write_adapter(root / "my adapters" / f"a{i}", i, targets=["q_proj", "v_proj"])
+    return root / "my adapters"
+
+
+@pytest.fixture(autouse=True)
+def few_measurements(monkeypatch):
+    monkeypatch.setattr(budget, "_SEARCH_EFFORT", 0)
+    monkeypatch.setattr(budget, "_CLUSTERS", (1, 2))
+
+
+def planned(capsys, *arguments) -> dict:
+    assert main(["plan", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def one_error_line(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jdlora: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_recommended_command_gives_the_bytes_and_errors_that_were_promised(adapters, tmp_path, capsys):
+    facts = planned(capsys, adapters, "--max-bytes", "90%", "--device-memory", "1MiB", "--adapters-expected", "60")
+    best = facts["recommended"]
+    command = [str(tmp_path / "c") if part == "COLLECTION" else part for part in shlex.split(best["command"])]
+    assert command[0] == "jdlora" and main(command[1:]) == 0
+    collection = Collection.open(tmp_path / "c")
+    capsys.readouterr()
+    stored = []
+    for part in collection.manifest.slices:
+        stored += collection.basis(part.name)
+    stored += [collection.sigma(i) for i in range(6)]
+    assert best["bytes"]["device"] == sum(t.numel() * t.element_size() for t in stored) == best["total_bytes"]
+    assert best["bytes"]["each_adapter"] == stored[-1].numel() * 2
+    assert best["total_bytes"] <= 0.9 * facts["bytes"]["adapters"]
+    # All slices are probes here; one sweep from the leading columns is a little worse than the fit of that rank.
+    errors = [a.relative_error for a in collection.manifest.adapters]
+    assert sum(errors) / 6 == pytest.approx(best["relative_error"]["mean"], rel=0.1, abs=0.01)
+    assert best["bounds"]["lower"] <= best["bounds"]["upper"]
+
+    made = planned(capsys, tmp_path / "c", "--device-memory", "1MiB", "--adapters-expected", "60")["choices"][0]
+    assert {key: made[key] for key in ("rank", "clusters", "bytes", "fit", "expected")} == {
+        key: best[key] for key in ("rank", "clusters", "bytes", "fit", "expected")
+    }
+    assert main(["plan", str(tmp_path / "c")]) == 0
+    assert "of the values as stored" in capsys.readouterr().out
+
+
+def test_room_is_counted_in_slots_and_scalings(adapters, capsys):
+    facts = planned(capsys, adapters, "--device-memory", "1MiB", "--adapters-expected", "12")
+    slot = facts["bytes"]["plain_slot"]
+    assert slot == facts["bytes"]["adapters"] // 6  # all of one rank: a slot is an adapter
+    for row in facts["choices"]:
+        bases, each, fit = row["bytes"]["bases"], row["bytes"]["each_adapter"], row["fit"]
+        assert fit["plain_slots"] == (1 << 20) // slot
+        assert bases + fit["on_these_bases"] * each <= 1 << 20 < bases + (fit["on_these_bases"] + 1) * each
+        assert row["expected"]["clusters"] == 2 * row["clusters"]
+        assert row["expected"]["device"] == 2 * row["bytes"]["device"]
+        assert row["expected"]["plain_slots"] == 12 * slot
+    assert [row["bytes"]["device"] for row in facts["choices"]] == sorted(
+        row["bytes"]["device"] for row in facts["choices"]
+    )
+
+
+def test_an_error_budget_is_in_the_command_and_the_table_is_readable(adapters, capsys):
+    assert main(["plan", str(adapters), "--max-error", "0.9", "--device-memory", "8GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "mean" in out and "plain LoRA slots" in out and "relative (not squared), predicted from 4 of 4" in out
+    assert f"jdlora compress '{adapters}' -o COLLECTION --rank" in out and "--max-error 0.9" in out
+
+
+def test_budgets_that_cannot_be_met_are_refused_in_one_line(adapters, tmp_path, capsys):
+    assert main(["plan", str(adapters), "--max-bytes", "10"]) == 2
+    assert "10 bytes are too few for 6 adapters: the smallest choice" in one_error_line(capsys)
+    assert main(["plan", str(adapters), "--max-error", "0.9", "--max-bytes", "1%"]) == 2
+    assert "more than --max-bytes 1%" in one_error_line(capsys)
+    assert main(["plan", str(adapters), "--max-error", "1.5"]) == 2
+    assert "--max-error is a relative error" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("10MiB", 10 << 20), ("1GB", 10**9), ("1.5k", 1536), ("8 GiB", 8 << 30), ("123", 123)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert size_in_bytes(text) == size and byte_budget(text).of(5) == size
+
+
+@pytest.mark.parametrize(("text", "size"), [("25%", 250), ("1/8", 125), ("12.5%", 125), ("100%", 1000)])
+def test_shares_are_of_the_uncompressed_bytes(text, size):
+    assert byte_budget(text).of(1000) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "1/0", "150%", "-1/8", "0%", "5 Mb/s", "1e9", "nan%", "٣MiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        byte_budget(text)
