@@ -116,7 +116,7 @@ def set_name(value):
         (lambda raw: raw.__setitem__("rank", 0), "rank"),
         (lambda raw: raw.__setitem__("rank", True), "rank"),
         (lambda raw: raw.__setitem__("rank", 5), "says BF16"),
-        (lambda raw: raw.__setitem__("format_version", 2), "format_version"),
+        (lambda raw: raw.__setitem__("format_version", 1), "format_version"),
         (lambda raw: raw.__setitem__("method", "magic"), "magic"),
         (lambda raw: raw.__setitem__("surprise", 1), "surprise"),
         (lambda raw: raw.__delitem__("slices"), "slices"),

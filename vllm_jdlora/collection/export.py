@@ -26,7 +26,7 @@ def export_adapter(
         raise JDLoRAError(f"{name} is kept uncompressed: copy {collection.plain_path(name)}")
     row = collection.index_of(name)
     cluster = manifest.adapters[row].cluster
-    sigma = collection.sigma(row).float()
+    sigma = collection.matrices(row).float()
     tensors = {}
     targets = set()
     for i, part in enumerate(manifest.slices):

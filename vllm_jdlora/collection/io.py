@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, content_digest, file_digest
+from vllm_jdlora.collection.quantize import dequantized
 from vllm_jdlora.collection.schema import (
     BASES_FILE,
     ERRORS_FILE,
@@ -27,6 +28,7 @@ from vllm_jdlora.peft_config import CONFIG_FILE
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_QUANTIZED_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
 
 
 class Collection:
@@ -71,15 +73,27 @@ class Collection:
     # --- reading --------------------------------------------------------------------------------------------------
 
     def basis(self, slice_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bases of all clusters in one slice: (U [K, d_out, R], V [K, R, d_in]), stored dtype, mapped."""
-        return self._bases.get_tensor(f"{slice_name}.U"), self._bases.get_tensor(f"{slice_name}.V")
+        """Bases of all clusters in one slice: (U [K, d_out, R], V [K, R, d_in]).
+
+        In the stored dtype and mapped, or in fp32 where they are quantised.
+        """
+        u, v = self._bases.get_tensor(f"{slice_name}.U"), self._bases.get_tensor(f"{slice_name}.V")
+        if self.manifest.quantize == "none":
+            return u, v
+        scale_u, scale_v = (self._bases.get_tensor(f"{slice_name}.{side}_scale") for side in "UV")
+        return dequantized(u.mT, scale_u).mT, dequantized(v, scale_v)
 
     def sigma(self, index: int) -> torch.Tensor:
-        """Scaling matrices of one adapter [slices, R, R], stored dtype, mapped: one contiguous piece of the file."""
+        """Scalings of one adapter as stored: [slices, R, R], or [slices, R] for JD-Diag; mapped, contiguous."""
         if not 0 <= index < len(self.manifest.adapters):
             raise JDLoRAError(f"{self.path}: no adapter number {index}; it has {len(self.manifest.adapters)}")
         shard, row = divmod(index, self._shards[0].shape[0])
         return self._shards[shard][row]
+
+    def matrices(self, index: int) -> torch.Tensor:
+        """Scaling matrices of one adapter [slices, R, R] in the stored dtype, whatever the method."""
+        sigma = self.sigma(index)
+        return torch.diag_embed(sigma) if self.manifest.method == "diag" else sigma
 
     def index_of(self, name: str) -> int:
         """Row of a compressed adapter; ``JDLoRAError`` where there is none of that name."""
@@ -98,6 +112,13 @@ class Collection:
         """Relative error (not squared) of each adapter in each slice, fp32 [n, slices]; NaN where it has nothing."""
         with self._open(ERRORS_FILE) as file:
             return file.get_tensor("relative_error")
+
+    def slice_output_errors(self) -> torch.Tensor | None:
+        """The same in the activation metric, where the collection was fitted in it."""
+        if self.manifest.metric == "frobenius":
+            return None
+        with self._open(ERRORS_FILE) as file:
+            return file.get_tensor("output_error")
 
     def size_in_bytes(self) -> int:
         """Bytes of the tensors that serve the compressed adapters (bases and scalings)."""
@@ -134,12 +155,17 @@ class Collection:
     def _check_layout(self) -> None:
         manifest = self.manifest
         n, slices, rank, clusters = len(manifest.adapters), len(manifest.slices), manifest.rank, manifest.clusters
-        expected: dict[str, list[int]] = {}
+        dtype = _STORED_DTYPES[manifest.dtype]
+        base_dtype = dtype if manifest.quantize == "none" else _QUANTIZED_DTYPES[manifest.quantize]
+        bases: dict[str, tuple[list[int], str]] = {}
         for part in manifest.slices:
-            expected[f"{part.name}.U"] = [clusters, part.d_out, rank]
-            expected[f"{part.name}.V"] = [clusters, rank, part.d_in]
-        self._check_tensors(BASES_FILE, expected, _STORED_DTYPES[manifest.dtype])
-        self._check_tensors(ERRORS_FILE, {"relative_error": [n, slices]}, "F32")
+            bases[f"{part.name}.U"] = [clusters, part.d_out, rank], base_dtype
+            bases[f"{part.name}.V"] = [clusters, rank, part.d_in], base_dtype
+            if manifest.quantize != "none":
+                bases |= {f"{part.name}.{side}_scale": ([clusters, rank], "F32") for side in "UV"}
+        self._check_tensors(BASES_FILE, bases)
+        errors = ["relative_error", *(["output_error"] if manifest.metric != "frobenius" else [])]
+        self._check_tensors(ERRORS_FILE, {name: ([n, slices], "F32") for name in errors})
         files = sorted(f for f in manifest.files if f.startswith("scalings-"))
         if files != [scalings_file(i) for i in range(len(files))]:
             raise JDLoRAError(f"{self.path / MANIFEST_FILE}: the scalings files are not numbered from 0")
@@ -148,7 +174,8 @@ class Collection:
             with self._open(file) as tensors:
                 shape = tensors.get_slice("sigma").get_shape() if "sigma" in tensors.keys() else None  # noqa: SIM118
             rows.append(shape[0] if shape else 0)
-            self._check_tensors(file, {"sigma": [rows[-1], slices, rank, rank]}, _STORED_DTYPES[manifest.dtype])
+            matrix = [rank] if manifest.method == "diag" else [rank, rank]
+            self._check_tensors(file, {"sigma": ([rows[-1], slices, *matrix], dtype)})
         if sum(rows) != n or any(r != rows[0] for r in rows[:-1]) or rows[-1] > rows[0] or 0 in rows:
             raise JDLoRAError(f"{self.path}: the scalings files hold {rows} adapters, {MANIFEST_FILE} lists {n}")
         for entry in manifest.plain:
@@ -157,7 +184,7 @@ class Collection:
                 if path.is_symlink() or not path.exists():
                     raise JDLoRAError(f"{path}: is a link or missing; a collection holds its own files")
 
-    def _check_tensors(self, name: str, expected: Mapping[str, list[int]], dtype: str) -> None:
+    def _check_tensors(self, name: str, expected: Mapping[str, tuple[list[int], str]]) -> None:
         file = self.path / name
         if file.is_symlink():
             raise JDLoRAError(f"{file}: is a link; a collection holds its own files")
@@ -166,7 +193,7 @@ class Collection:
             if found != set(expected):
                 odd = sorted(found ^ set(expected))[0]
                 raise JDLoRAError(f"{file}: tensor {odd!r} is {'not expected' if odd in found else 'missing'}")
-            for key, shape in expected.items():
+            for key, (shape, dtype) in expected.items():
                 part = tensors.get_slice(key)
                 if part.get_shape() != shape or part.get_dtype() != dtype:
                     raise JDLoRAError(
@@ -181,7 +208,7 @@ class Collection:
                 continue
             with self._open(name) as tensors:
                 for key in tensors.keys():  # noqa: SIM118
-                    if not bool(torch.isfinite(tensors.get_tensor(key)).all()):
+                    if not bool(torch.isfinite(tensors.get_tensor(key).float()).all()):
                         raise JDLoRAError(f"{self.path / name}: {key} holds NaN or infinity")
         for entry in self.manifest.plain:
             if content_digest(self.path / "plain" / entry.name) != entry.sha256:

@@ -13,13 +13,14 @@ from typing import Any
 from vllm_jdlora.adapter import SliceShape, check_adapter_name
 from vllm_jdlora.errors import JDLoRAError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "collection.json"
 BASES_FILE = "bases.safetensors"
 ERRORS_FILE = "errors.safetensors"
-METHODS = ("full",)
-METRICS = ("frobenius",)
+METHODS = ("full", "diag")
+METRICS = ("frobenius", "activation")
 DTYPES = ("bf16", "fp16", "fp32")
+QUANTIZATIONS = ("none", "int8", "fp8")
 
 _FILE_NAME = re.compile(r"(bases|errors|scalings-\d{5})\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -41,8 +42,9 @@ class BaseModel:
 class AdapterEntry:
     """One compressed adapter; its place in the list is its row in the scalings.
 
-    ``relative_error`` is ‖ΔW − UΣV‖_F / ‖ΔW‖_F over all slices, not squared, for the values as stored; ``scale`` is
-    s where it is one for all slices.
+    ``relative_error`` is ‖ΔW − UΣV‖_F / ‖ΔW‖_F over all slices, not squared, for the values as stored;
+    ``output_error`` the same in the activation metric, where the collection was fitted in it; ``scale`` is s where it
+    is one for all slices.
     """
 
     name: str
@@ -52,6 +54,16 @@ class AdapterEntry:
     scale: float | None
     parameters: int
     sha256: str
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text whose activations the metric comes from: SHA-256 of the texts as run, how many, tokens counted."""
+
+    text_sha256: str
+    texts: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,13 @@ class SkippedEntry:
 
 @dataclass(frozen=True)
 class CollectionManifest:
-    """What ``collection.json`` says. ``files`` gives the SHA-256 of every tensor file; ``revision`` digests it all."""
+    """What ``collection.json`` says. ``files`` gives the SHA-256 of every tensor file; ``revision`` digests it all.
+
+    ``dtype`` is that of Σ, and of the bases unless ``quantize`` names another. ``max_error`` is the limit above which
+    adapters were kept plain. ``error_floor`` ≤ ``error_reached``: root mean squares over adapters and slices of the
+    relative error (in the metric of the fit) that no bases of this rank could go below for these clusters, and that of
+    the bases as stored, both over the slices whose floor was computed; None where it was not.
+    """
 
     base_model: BaseModel
     method: str
@@ -90,14 +108,20 @@ class CollectionManifest:
     plain: tuple[PlainEntry, ...]
     skipped: tuple[SkippedEntry, ...]
     files: Mapping[str, str]
+    calibration: Calibration | None = None
+    quantize: str = "none"
+    max_error: float | None = None
+    error_floor: float | None = None
+    error_reached: float | None = None
     format_version: int = FORMAT_VERSION
     revision: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.format_version == FORMAT_VERSION, f"format_version is {self.format_version}, this is for 1")
+        _require_format(self.format_version)
         _require(self.method in METHODS, f"method {self.method!r} is not one of {METHODS}")
         _require(self.metric in METRICS, f"metric {self.metric!r} is not one of {METRICS}")
         _require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not one of {DTYPES}")
+        _require(self.quantize in QUANTIZATIONS, f"quantize {self.quantize!r} is not one of {QUANTIZATIONS}")
         _require(self.rank >= 1 and self.clusters >= 1, "rank and clusters must be at least 1")
         _require(bool(self.slices) and bool(self.adapters), "there must be slices and adapters")
         for part in self.slices:
@@ -110,10 +134,8 @@ class CollectionManifest:
         _require(len(set(names)) == len(names), "two adapters have one name")
         for entry in self.adapters:
             _require(0 <= entry.cluster < self.clusters, f"adapter {entry.name} is in cluster {entry.cluster}")
-            _require(
-                math.isfinite(entry.relative_error) and entry.relative_error >= 0,
-                f"adapter {entry.name} has the error {entry.relative_error}",
-            )
+            for error in (entry.relative_error, entry.output_error or 0.0):
+                _require(math.isfinite(error) and error >= 0, f"adapter {entry.name} has the error {error}")
         for file, digest in self.files.items():
             _require(bool(_FILE_NAME.fullmatch(file)), f"{file!r} is not a file of a collection")
             _require(bool(_DIGEST.fullmatch(digest)), f"the digest of {file} is not a SHA-256")
@@ -145,7 +167,7 @@ class CollectionManifest:
         _require(isinstance(raw, dict), "must hold a JSON object")
         raw = dict(raw)
         # Before anything else: a later format may well have other fields.
-        _require(raw.get("format_version") == FORMAT_VERSION, f"format_version is {raw.get('format_version')!r}, not 1")
+        _require_format(raw.get("format_version"))
         _require(isinstance(raw.get("revision"), str) and raw["revision"], "there is no revision")
         parts = {
             "slices": SliceShape,
@@ -157,8 +179,14 @@ class CollectionManifest:
             _require(isinstance(raw.get(field), list), f"{field} must be a list")
             raw[field] = tuple(_entry(kind, item, field) for item in raw[field])
         raw["base_model"] = _entry(BaseModel, raw.get("base_model"), "base_model")
+        if raw.get("calibration") is not None:
+            raw["calibration"] = _entry(Calibration, raw["calibration"], "calibration")
         _require(isinstance(raw.get("files"), dict), "files must be an object")
         return _entry(cls, raw, "the manifest")
+
+
+def _require_format(version: object) -> None:
+    _require(version == FORMAT_VERSION, f"format_version is {version!r}, this program reads {FORMAT_VERSION}")
 
 
 def scalings_file(shard: int) -> str:

@@ -51,7 +51,7 @@ def of_collection(collection: Collection, name: str) -> Variant:
             return plain.update(adapter)
         row = collection.index_of(adapter)
         cluster = collection.manifest.adapters[row].cluster
-        sigma = collection.sigma(row).float()
+        sigma = collection.matrices(row).float()
         parts = {}
         for i, part in enumerate(slices):
             if bool(sigma[i].any()):

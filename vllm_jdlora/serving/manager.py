@@ -182,7 +182,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
     def _make_resident(self, adapter: int) -> None:
         slot = self._slots.victim()
         rank = self.collection.manifest.rank
-        stored = self.collection.sigma(adapter)
+        stored = self.collection.matrices(adapter)
         self.sigma[slot, self._slices.covered, :rank, :rank] = stored[self._slices.order].to(
             device=self.sigma.device, dtype=self.sigma.dtype, non_blocking=True
         )
