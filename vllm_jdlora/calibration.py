@@ -19,8 +19,8 @@ from vllm_jdlora.adapter import Adapter, SliceShape, file_digest
 from vllm_jdlora.cache import cache_root
 from vllm_jdlora.calibration_text import CHAT_TOKENS, read_texts, text_sha256
 from vllm_jdlora.collection.schema import BaseModel
+from vllm_jdlora.collection.second_moments import FORMAT_VERSION, Origin, SecondMoments
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.second_moments import FORMAT_VERSION, Origin, SecondMoments
 
 __all__ = [
     "SecondMoments",

@@ -9,38 +9,43 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape
 from vllm_jdlora.collection.base_model import of_one_base_model
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
+from vllm_jdlora.collection.quantize import cast_of
 from vllm_jdlora.collection.schema import (
-    BASES_FILE,
-    ERRORS_FILE,
     MANIFEST_FILE,
+    QUANTIZATIONS,
     AdapterEntry,
+    Calibration,
     CollectionManifest,
     PlainEntry,
     SkippedEntry,
-    scalings_file,
 )
-from vllm_jdlora.collection.stream import write_streamed
+from vllm_jdlora.collection.second_moments import SecondMoments
+from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
+from vllm_jdlora.collection.tensors import write_tensors
 from vllm_jdlora.collection.work import WorkFolder
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection
-from vllm_jdlora.jd.problem import Factors
+from vllm_jdlora.jd.budget import Choice, choose_for_bytes, choose_for_error, curves_of
+from vllm_jdlora.jd.certificate import certify_clusters
+from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection, probe_positions
+from vllm_jdlora.jd.metric import InputMetric
+from vllm_jdlora.jd.passes import MetricOf, Slices
 from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceRecipe
 from vllm_jdlora.peft_config import CONFIG_FILE
 
 Progress = Callable[[str, int, int], None]
-_RECIPE = 1
+ByteLimit = Callable[[int], int]
+"""Bytes of all adapters uncompressed → bytes that the collection may take."""
+_RECIPE = 2
 """Raised when the same adapters and options would be fitted in another way: half-done work of before is not used."""
-_SHARD_BYTES = 1 << 30
-_PIECE_BYTES = 1 << 26
 _SMALL_STACK = 1 << 20
 
 
@@ -55,38 +60,26 @@ def paper_choice(n: int) -> tuple[int, int]:
     return 16, 7 if n <= 128 else 10 if n <= 256 else 25
 
 
-class _AdapterSource:
-    """The adapters as `jd` wants them: factors of one slice at a time, read from disk when asked for."""
-
-    def __init__(self, adapters: Sequence[Adapter], slices: Sequence[SliceShape]):
-        self._adapters = adapters
-        self.slice_names = [s.name for s in slices]
-
-    @property
-    def n(self) -> int:
-        return len(self._adapters)
-
-    def factors(self, slice_index: int) -> list[Factors | None]:
-        name = self.slice_names[slice_index]
-        pairs = [adapter.factors(name) for adapter in self._adapters]
-        return [None if pair is None else Factors(*pair) for pair in pairs]
-
-
 def compress(
     adapters: Sequence[Adapter],
     output: Path,
     *,
     rank: int | None = None,
     clusters: int | None = None,
-    seed: int = 0,
+    method: str = "full",
+    moments: SecondMoments | None = None,
     max_error: float | None = None,
+    max_bytes: ByteLimit | None = None,
     dtype: str = "bf16",
+    quantize: str = "none",
+    seed: int = 0,
+    effort: float = 1.0,
     base_model: str | None = None,
     force: bool = False,
     skipped: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> Collection:
-    """Compress adapters of one base model by JD-Full into the folder ``output``.
+    """Compress adapters of one base model by joint diagonalisation into the folder ``output``.
 
     Stopped at any point and called again with the same adapters and options, it goes on from the last finished slice
     (kept beside ``output``) and writes the same bytes.
@@ -94,21 +87,30 @@ def compress(
     Args:
         adapters: checked adapters with different names.
         output: folder to create.
-        rank: R; with ``clusters`` left out too, the paper's choice for the number of adapters.
+        rank: R. With ``clusters`` left out too, the choice for ``max_bytes`` or ``max_error`` where one of them is
+            given, else the paper's for the number of adapters.
         clusters: K, at most the number of adapters.
-        seed: of the starts of the clustering; same seed, same files.
-        max_error: adapters with a relative error above it are stored uncompressed.
+        method: ``full`` (Σ is a matrix) or ``diag`` (its diagonal).
+        moments: fit in the activation metric: least error of outputs for inputs with these second moments.
+        max_error: adapters with a larger relative error (of outputs, with ``moments``) are stored uncompressed.
+        max_bytes: of bases and scalings, plain adapters included.
         dtype: of bases and scalings on disk: ``bf16``, ``fp16`` or ``fp32``.
+        quantize: bases in ``int8`` or ``fp8`` instead; Σ is fitted to the quantised bases.
+        seed: of the starts of the clustering; same seed, same files.
+        effort: of the search for clusters, see ``jd.search.best_assignment``.
         base_model: name or folder of the base model, for the check that the adapters belong to it.
         force: replace an existing collection at ``output``.
         skipped: (name, reason) of adapters that could not be read, for the record.
         progress: called as (stage, done, total).
 
     Raises:
-        JDLoRAError: nothing can be compressed, adapters do not fit together, or ``output`` cannot be written.
+        JDLoRAError: nothing can be compressed, adapters do not fit together, a budget cannot be met, or ``output``
+            cannot be written.
     """
-    if dtype not in TORCH_DTYPES:
-        raise JDLoRAError(f"dtype {dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    if dtype not in TORCH_DTYPES or quantize not in QUANTIZATIONS:
+        known = (*TORCH_DTYPES, *QUANTIZATIONS)
+        raise JDLoRAError(f"dtype {dtype!r} and quantize {quantize!r} must be of {', '.join(known)}")
+    report = progress or _quiet
     adapters = sorted(adapters, key=lambda a: a.name)
     _, _, base = of_one_base_model(adapters, base_model)
     plain: list[tuple[Adapter, str, float | None]] = [
@@ -121,57 +123,163 @@ def compress(
             if plain
             else "there are no adapters to compress"
         )
-    slices = _common_slices(fitted)
-    auto_rank, auto_clusters = paper_choice(len(fitted))
-    rank = auto_rank if rank is None else rank
-    clusters = min(auto_clusters, len(fitted)) if clusters is None else clusters
+    slices = common_slices(fitted)
+    if moments is not None:
+        moments.check_fit(slices, base.fingerprint)
+    metric_of = None if moments is None else _metric_of(moments, slices)
+    with _threads_for(fitted, slices):
+        if rank is None and clusters is None and (max_error is not None or max_bytes is not None):
+            others = sum(2 * a.parameters for a, _, _ in plain)
+            sizes = sizes_of(
+                fitted, slices, dtype_width=TORCH_DTYPES[dtype].itemsize, quantize=quantize, always_plain=others
+            )
+            curves = curves_of(AdapterSource(fitted, slices), metric_of=metric_of, seed=seed, progress=report)
+            limit = None if max_bytes is None else max_bytes(sizes.uncompressed)
+            choice = _within_budgets(
+                choose_for_bytes(curves, sizes, limit)
+                if max_error is None and limit is not None
+                else choose_for_error(curves, sizes, max_error or 0.0),
+                limit,
+            )
+            rank, clusters = choice.rank, choice.clusters
+            reason = f"predicted to be above the error of {max_error or 0:g}"
+            plain += [(fitted[i], reason, None) for i in choice.plain]
+            fitted = [a for i, a in enumerate(fitted) if i not in choice.plain]
+        auto_rank, auto_clusters = paper_choice(len(fitted))
+        rank = auto_rank if rank is None else rank
+        clusters = min(auto_clusters, len(fitted)) if clusters is None else clusters
 
-    storage = TORCH_DTYPES[dtype]
-    recipe = SliceRecipe(rank=rank, cast=lambda basis: basis.to(storage), sigma_dtype=storage)
-    source = _AdapterSource(fitted, slices)
-    check_settings(source, clusters)
-    digest = _digest(fitted, slices, rank=rank, clusters=clusters, seed=seed, dtype=dtype)
-    with WorkFolder(output, digest) as work, written_atomically(output, MANIFEST_FILE, force=force) as folder:
-        work.open(folder)
-        with _threads_for(fitted, slices):
+        storage = TORCH_DTYPES[dtype]
+        recipe = SliceRecipe(rank=rank, method=method, cast=cast_of(quantize, storage), sigma_dtype=storage)
+        source = AdapterSource(fitted, slices)
+        check_settings(source, clusters)
+        digest = _digest(
+            fitted,
+            slices,
+            rank=rank,
+            clusters=clusters,
+            seed=seed,
+            dtype=dtype,
+            method=method,
+            quantize=quantize,
+            effort=effort,
+            calibration=None if moments is None else asdict(moments.origin),
+        )
+        with WorkFolder(output, digest) as work, written_atomically(output, MANIFEST_FILE, force=force) as folder:
+            work.open(folder)
             try:
-                fit = fit_collection(source, recipe, clusters=clusters, seed=seed, store=work, progress=progress)
+                fit = fit_collection(
+                    source,
+                    recipe,
+                    clusters=clusters,
+                    seed=seed,
+                    effort=effort,
+                    metric_of=metric_of,
+                    store=work,
+                    progress=report,
+                )
             except ScalingOverflow as error:
                 path = fitted[error.adapter].path
                 raise JDLoRAError(f"{path}: its scaling matrices do not fit into {dtype}: give --dtype bf16") from error
-        norms, errors = fit.squared_norm, fit.squared_error
-        relative = (errors.sum(1) / norms.sum(1).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-        kept = [i for i in range(len(fitted)) if max_error is None or relative[i] <= max_error]
-        for i in sorted(set(range(len(fitted))) - set(kept)):
-            reason = f"relative error {relative[i]:.3f} is above {max_error:g}"
-            plain.append((fitted[i], reason, float(relative[i])))
-        if not kept:
-            raise JDLoRAError(
-                f"every adapter has a relative error above {max_error:g} (the best {relative.min():.3f}): give more "
-                "rank or clusters, or allow more error"
+            relative = _relative(fit.squared_error, fit.squared_norm)
+            output_error = (
+                None
+                if fit.output_error is None or fit.output_norm is None
+                else _relative(fit.output_error, fit.output_norm)
             )
-        files = write_tensors(folder, slices, fit, kept, progress)
-        for adapter, _, _ in plain:
-            _copy_plain(adapter, folder / "plain" / adapter.name)
-        manifest = CollectionManifest(
-            base_model=base,
-            method="full",
-            rank=rank,
-            clusters=clusters,
-            metric="frobenius",
-            dtype=dtype,
-            seed=seed,
-            slices=tuple(slices),
-            adapters=tuple(_adapter_entry(fitted[i], int(fit.cluster[i]), float(relative[i])) for i in kept),
-            plain=tuple(
-                PlainEntry(a.name, reason, a.rank, a.parameters, a.sha256, error)
-                for a, reason, error in sorted(plain, key=lambda p: p[0].name)
-            ),
-            skipped=tuple(SkippedEntry(name, reason) for name, reason in skipped),
-            files=files,
-        )
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+            judged, kind = (relative, "relative") if output_error is None else (output_error, "output")
+            kept = [i for i in range(len(fitted)) if max_error is None or judged[i] <= max_error]
+            for i in sorted(set(range(len(fitted))) - set(kept)):
+                reason = f"{kind} error {judged[i]:.3f} is above {max_error:g}"
+                plain.append((fitted[i], reason, float(relative[i])))
+            if not kept:
+                raise JDLoRAError(
+                    f"every adapter has {'an' if kind == 'output' else 'a'} {kind} error above {max_error:g} (the "
+                    f"best {judged.min():.3f}): give more rank or clusters, or allow more error"
+                )
+            floor, reached = (
+                _certified(Slices(source, metric_of), fit, rank, seed) if method == "full" else (None, None)
+            )
+            files = write_tensors(folder, slices, fit, kept, quantize, report)
+            for adapter, _, _ in plain:
+                _copy_plain(adapter, folder / "plain" / adapter.name)
+            manifest = CollectionManifest(
+                base_model=base,
+                method=method,
+                rank=rank,
+                clusters=clusters,
+                metric="frobenius" if moments is None else "activation",
+                dtype=dtype,
+                seed=seed,
+                slices=tuple(slices),
+                adapters=tuple(
+                    adapter_entry(
+                        fitted[i],
+                        int(fit.cluster[i]),
+                        float(relative[i]),
+                        None if output_error is None else float(output_error[i]),
+                    )
+                    for i in kept
+                ),
+                plain=tuple(
+                    PlainEntry(a.name, reason, a.rank, a.parameters, a.sha256, error)
+                    for a, reason, error in sorted(plain, key=lambda p: p[0].name)
+                ),
+                skipped=tuple(SkippedEntry(name, reason) for name, reason in skipped),
+                files=files,
+                calibration=None if moments is None else _calibration(moments),
+                quantize=quantize,
+                max_error=max_error,
+                error_floor=floor,
+                error_reached=reached,
+            )
+            (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return Collection.open(output, verify=False)
+
+
+def _within_budgets(choice: Choice, limit: int | None) -> Choice:
+    if limit is not None and choice.bytes > limit:
+        raise JDLoRAError(
+            f"the error that is asked for takes {choice.bytes} bytes, more than the {limit} allowed: give up one of "
+            "--max-error and --max-bytes"
+        )
+    return choice
+
+
+def _metric_of(moments: SecondMoments, slices: Sequence[SliceShape]) -> MetricOf:
+    """Metrics by slice; slices of one input (q, k, v) follow each other and share the factorisation."""
+
+    @lru_cache(maxsize=2)
+    def factored(key: str, name: str) -> InputMetric:
+        return InputMetric.of(moments.matrices[key], name)
+
+    first = {moments.inputs[part.name]: part.name for part in reversed(slices)}
+    keys = [moments.inputs[part.name] for part in slices]
+    return lambda index: factored(keys[index], first[keys[index]])
+
+
+def _calibration(moments: SecondMoments) -> Calibration:
+    origin = moments.origin
+    return Calibration(origin.text_sha256, origin.texts, origin.tokens)
+
+
+def _relative(squared_error: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
+    """[n] relative error (not squared) over all slices, from both squares [n, S]."""
+    return (squared_error.sum(1) / squared_norm.sum(1).clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+
+
+def _certified(slices: Slices, fit: CollectionFit, rank: int, seed: int) -> tuple[float | None, float | None]:
+    """(floor, reached) root mean squares on the probe slices; None where these are too large for a certificate."""
+    positions = probe_positions(len(slices), seed)
+    bounds = certify_clusters([slices[index] for index in positions], fit.cluster, rank)
+    if bounds is None:
+        return None, None
+    reached = sum(float(fit.slice(index).relative().sum()) for index in positions)
+    return bounds.relative[0], (reached / max(bounds.weight, 1.0)) ** 0.5
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    pass
 
 
 def _digest(adapters: Sequence[Adapter], slices: Sequence[SliceShape], **options: object) -> str:
@@ -202,52 +310,8 @@ def _threads_for(adapters: Sequence[Adapter], slices: Sequence[SliceShape]) -> I
         torch.set_num_threads(before)
 
 
-def write_tensors(
-    folder: Path, slices: Sequence[SliceShape], fit: CollectionFit, kept: Sequence[int], progress: Progress | None
-) -> dict[str, str]:
-    """Bases, scalings and errors of the adapters `kept` (positions in the fit), streamed; file → SHA-256."""
-    report = progress or _quiet
-    first = fit.slice(0)
-    files = {}
-
-    def bases() -> Iterator[Tensor]:
-        for index in range(len(slices)):
-            part = fit.slice(index)
-            yield part.u
-            yield part.v
-            report("write", index + 1, len(slices) + len(kept))
-
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for part in slices:
-        layout[f"{part.name}.U"] = (first.u.dtype, (len(first.u), part.d_out, first.u.shape[2]))
-        layout[f"{part.name}.V"] = (first.v.dtype, (len(first.v), first.v.shape[1], part.d_in))
-    files[BASES_FILE] = write_streamed(folder / BASES_FILE, layout, bases())
-
-    def rows(begin: int, end: int) -> Iterator[Tensor]:
-        for at in range(begin, end, piece):
-            chosen = torch.tensor(kept[at : min(end, at + piece)])
-            yield torch.stack([fit.slice(index).sigma[chosen] for index in range(len(slices))], 1)
-            report("write", len(slices) + at + len(chosen), len(slices) + len(kept))
-
-    sigma = first.sigma
-    row_bytes = len(slices) * sigma[0].numel() * sigma.element_size()
-    shard, piece = (max(1, limit // row_bytes) for limit in (_SHARD_BYTES, _PIECE_BYTES))
-    for number, begin in enumerate(range(0, len(kept), shard)):
-        end = min(len(kept), begin + shard)
-        name = scalings_file(number)
-        shape = (end - begin, len(slices), *sigma.shape[1:])
-        files[name] = write_streamed(folder / name, {"sigma": (sigma.dtype, shape)}, rows(begin, end))
-    errors = (fit.squared_error[kept] / fit.squared_norm[kept]).sqrt().float()
-    layout = {"relative_error": (errors.dtype, tuple(errors.shape))}
-    files[ERRORS_FILE] = write_streamed(folder / ERRORS_FILE, layout, [errors])
-    return files
-
-
-def _quiet(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def _adapter_entry(adapter: Adapter, cluster: int, error: float) -> AdapterEntry:
+def adapter_entry(adapter: Adapter, cluster: int, error: float, output_error: float | None = None) -> AdapterEntry:
+    """What the manifest says of a compressed adapter."""
     scales = {part.scale for part in adapter.slices.values()}
     return AdapterEntry(
         name=adapter.name,
@@ -257,6 +321,7 @@ def _adapter_entry(adapter: Adapter, cluster: int, error: float) -> AdapterEntry
         scale=scales.pop() if len(scales) == 1 else None,
         parameters=adapter.parameters,
         sha256=adapter.sha256,
+        output_error=output_error,
     )
 
 
@@ -264,22 +329,3 @@ def _copy_plain(adapter: Adapter, target: Path) -> None:
     target.mkdir(parents=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(adapter.path / name, target / name)
-
-
-def _common_slices(adapters: Sequence[Adapter]) -> list[SliceShape]:
-    """Every slice that any adapter has, in the model's order; all adapters must agree on its shape."""
-    shapes: dict[str, tuple[SliceShape, str]] = {}
-    for adapter in adapters:
-        for name, part in adapter.slices.items():
-            known, owner = shapes.setdefault(name, (part.shape, adapter.name))
-            if known != part.shape:
-                raise JDLoRAError(
-                    f"{adapter.path / WEIGHTS_FILE}: {name} is {part.shape.d_out} x {part.shape.d_in}, in {owner} it "
-                    f"is {known.d_out} x {known.d_in}: they belong to different base models, compress them apart"
-                )
-    return [shapes[name][0] for name in sorted(shapes, key=_model_order)]
-
-
-def _model_order(name: str) -> list[tuple[bool, int, str]]:
-    """Layer 10 after layer 9."""
-    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

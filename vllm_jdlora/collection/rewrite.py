@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, file_digest
-from vllm_jdlora.collection.build import _adapter_entry as adapter_entry
-from vllm_jdlora.collection.build import _common_slices as common_slices
+from vllm_jdlora.collection.build import adapter_entry
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
 from vllm_jdlora.collection.schema import (
     BASES_FILE,
@@ -31,6 +30,7 @@ from vllm_jdlora.collection.schema import (
     PlainEntry,
     scalings_file,
 )
+from vllm_jdlora.collection.source import common_slices
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.peft_config import CONFIG_FILE
 

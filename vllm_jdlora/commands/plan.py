@@ -91,9 +91,8 @@ class _Room:
 def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_jdlora.adapter import read_adapters
     from vllm_jdlora.collection.base_model import of_one_base_model
-    from vllm_jdlora.collection.build import _AdapterSource as AdapterSource
-    from vllm_jdlora.collection.build import _common_slices as common_slices
-    from vllm_jdlora.jd.budget import Sizes, error_curves, frontier, probe_slices
+    from vllm_jdlora.collection.source import AdapterSource, common_slices
+    from vllm_jdlora.jd.budget import MeasuredSlices, Sizes, curves_of, frontier
     from vllm_jdlora.jd.certificate import certify_clusters
     from vllm_jdlora.jd.passes import Slices
 
@@ -106,8 +105,8 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
         if not adapters:
             raise JDLoRAError(f"no adapter can be compressed: {everything[0].name} has {everything[0].plain_only}")
         slices = common_slices(adapters)
-        probes = probe_slices(Slices(AdapterSource(adapters, slices), None), args.seed)
-        curves = error_curves(probes, len(adapters), seed=args.seed, progress=show)
+        source = AdapterSource(adapters, slices)
+        curves = curves_of(source, seed=args.seed, progress=show)
         sizes = Sizes(
             slices=tuple((part.d_out, part.d_in) for part in slices),
             plain=tuple(_PLAIN_WIDTH * a.parameters for a in adapters),
@@ -116,14 +115,15 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
             always_plain=sum(_PLAIN_WIDTH * a.parameters for a in everything if a.plain_only),
         )
         choice, asked = _chosen(args, curves, sizes)
-        bounds = certify_clusters(probes, choice.cluster, choice.rank)
+        measured = MeasuredSlices(Slices(source, None), source.slice_names)
+        bounds = certify_clusters(measured, choice.cluster, choice.rank)
     room = _Room(args.device_memory, args.adapters_expected)
     slot = _slot_bytes(sizes, max(a.rank for a in adapters))
     return {
         "adapters": len(adapters),
         "cannot_be_compressed": [a.name for a in everything if a.plain_only],
         "slices": len(slices),
-        "measured_slices": len(probes),
+        "measured_slices": len(measured),
         "dtype": args.dtype,
         "bytes": {"adapters": sizes.uncompressed, "plain_slot": slot},
         "device_memory": args.device_memory,

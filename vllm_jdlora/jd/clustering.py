@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.alternation import Clustering, Progress, alternate, reassign, refit
+from vllm_jdlora.jd.alternation import Progress, alternate, reassign
 from vllm_jdlora.jd.passes import FitStore, MemoryStore, MetricOf, Pass, Slices, finished_pass, loaded, run_pass
 from vllm_jdlora.jd.problem import FactorSource, SliceProblem
+from vllm_jdlora.jd.search import best_assignment
 from vllm_jdlora.jd.slice_fit import SliceFit, SliceRecipe
-from vllm_jdlora.jd.start import candidate_starts
 
 # Starts are compared on a few slices, drawn by seed, whose stacks stay in memory: at most so many slices and
 # values.
@@ -51,6 +51,7 @@ def fit_collection(
     clusters: int,
     seed: int = 0,
     max_passes: int = 4,
+    effort: float = 1.0,
     metric_of: MetricOf | None = None,
     store: FitStore | None = None,
     progress: Progress | None = None,
@@ -58,9 +59,10 @@ def fit_collection(
     """Fit bases, assignment and scalings of all adapters of `source`, each of unit norm in each slice.
 
     clusters: K ≤ n. seed: draws the starts; the same seed and inputs give the same bits on one machine with one number
-    of threads. max_passes: over all slices; there is another while adapters gain clearly from moving. store: where
-    slices are kept; one that holds part of this very fit is gone on with, to the same bits. progress: called as
-    (stage, done, total) with stages "start" (K > 1), "fit" and "refit N".
+    of threads. effort: of the search for clusters (`best_assignment`). max_passes: over all slices; there is another
+    while adapters gain clearly from moving. store: where slices are kept; one that holds part of this very fit is gone
+    on with, to the same bits. progress: called as (stage, done, total) with stages "start" (K > 1), "fit" and
+    "refit N".
     Raises JDLoRAError if clusters, passes or the factors do not make sense.
     """
     check_settings(source, clusters, max_passes)
@@ -70,7 +72,7 @@ def fit_collection(
     number = len(store.accepted())
     if number == 0:
         if store.cluster(0) is None:
-            store.begin(0, assignment(slices, source.n, recipe.rank, clusters, seed, report))
+            store.begin(0, assignment(slices, source.n, recipe.rank, clusters, seed, report, effort))
         best = run_pass(slices, recipe, clusters, store, 0, range(clusters), report)
         store.accept(0, best.objective)
         number = 1
@@ -111,30 +113,30 @@ def check_settings(source: FactorSource, clusters: int, max_passes: int = 1) -> 
         raise JDLoRAError(f"max_passes {max_passes}: give at least 1")
 
 
-def assignment(slices: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int, report: Progress) -> Tensor:
-    """Labels [n] int64 in 0..clusters−1, from a few of the slices held in memory."""
+def assignment(
+    slices: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int, report: Progress, effort: float = 1.0
+) -> Tensor:
+    """Labels [n] int64 in 0..clusters−1, from a few of the slices held in memory. effort: of `best_assignment`."""
     if clusters == 1:
         return torch.zeros(n, dtype=torch.int64)
-    probes = _probes(slices, seed)
-    candidates = candidate_starts(probes, n, rank, clusters, seed)
-    objectives = []
-    for done, labels in enumerate(candidates):
-        state = refit(probes, Clustering.unfitted(labels, clusters), rank, _PROBE_SWEEPS, _quiet)
-        objectives.append(state.objective[-1])
-        report("start", done + 1, len(candidates) + 1)
-    best = candidates[objectives.index(min(objectives))]
+    probes = probe_slices(slices, seed)
+    labels = best_assignment(probes, n, rank, clusters, seed, report, effort=effort)
     state = alternate(
-        probes, best, clusters, rank=rank, max_rounds=_PROBE_ROUNDS, max_sweeps=_PROBE_SWEEPS, report=_quiet
+        probes, labels, clusters, rank=rank, max_rounds=_PROBE_ROUNDS, max_sweeps=_PROBE_SWEEPS, report=_quiet
     )
-    report("start", len(candidates) + 1, len(candidates) + 1)
     return state.cluster
 
 
-def _probes(slices: Sequence[SliceProblem], seed: int) -> list[SliceProblem]:
-    order = torch.randperm(len(slices), generator=torch.Generator().manual_seed(seed)).tolist()
+def probe_positions(slices: int, seed: int) -> list[int]:
+    """Positions of the slices, of so many, on which clusters are searched: fewer are used where they are large."""
+    return torch.randperm(slices, generator=torch.Generator().manual_seed(seed)).tolist()[:_PROBES]
+
+
+def probe_slices(slices: Sequence[SliceProblem], seed: int) -> list[SliceProblem]:
+    """Slices on which clusters are searched and budgets measured, held in memory."""
     probes: list[SliceProblem] = []
     values = 0
-    for index in order[:_PROBES]:
+    for index in probe_positions(len(slices), seed):
         probe = slices[index]
         values += probe.bt.numel() + probe.a.numel()
         if probes and values > _PROBE_VALUES:

@@ -74,7 +74,8 @@ class ScalingOverflow(JDLoRAError):
 class SliceRecipe:
     """How a slice is fitted and what its values become when they are stored.
 
-    cast: a basis in fp32 → its values as stored (a cast to bf16, or quantised and back); Σ is refitted after it.
+    cast: the directions [R, d] of a basis in fp32 → their values as stored (a cast to bf16, or quantised and back); Σ
+    is refitted after it.
     max_sweeps: Gauss–Seidel sweeps of JD-Full in each fit.
     """
 
@@ -153,7 +154,7 @@ def fit_slice(
         start = None if before is None else _start(before, k, metric)
         u, v = method.fit(own, recipe.rank, start, recipe.max_sweeps)
         fitted_u[row], fitted_v[row] = u, v
-        cast_u = recipe.cast(u.float())
+        cast_u = recipe.cast(u.float().T).T.contiguous()
         cast_v = recipe.cast((v if metric is None else metric.lifted(plain, u, v)).float())
         seen_v = cast_v if metric is None else metric.whitened(cast_v.double())
         stored = method.refit(own, cast_u, seen_v)[0].to(recipe.sigma_dtype)
