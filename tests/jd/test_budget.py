@@ -13,6 +13,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd import budget
 from vllm_jdlora.jd.budget import (
     ErrorCurves,
+    MeasuredSlices,
     Sizes,
     choices,
     choose_for_bytes,
@@ -98,6 +99,18 @@ def test_bytes_are_those_of_the_tensors() -> None:
     tensors += [torch.zeros(kept, 2, r, r, dtype=torch.bfloat16)]
     assert sizes.total(k, r, [1]) == sum(t.numel() * t.element_size() for t in tensors) + 200 + 7
     assert sizes.uncompressed == 607
+    diagonal = Sizes(sizes.slices, sizes.plain, basis_width=1, scale_width=4, diagonal=True)
+    scales = torch.zeros(k, 2, 2, r, dtype=torch.float32)  # for each cluster, slice, side and direction
+    assert diagonal.bases(k, r) == sizes.bases(k, r) + scales.numel() * 4
+    assert diagonal.scaling(r) == torch.zeros(2, r, dtype=torch.bfloat16).nbytes
+
+
+def test_no_more_clusters_are_chosen_than_adapters_are_compressed() -> None:
+    errors = [[[0.5, 0.5, 0.5, 0.5]], [[0.1, 0.9, 0.9, 0.9]]]
+    curves = planted(errors, (1, 2), (4,))
+    sizes = Sizes(((64, 64),), (10**6,) * 4)
+    assert [c.clusters for c in choices(curves, sizes, 0.2)] == []
+    assert [c.clusters for c in choices(curves, sizes, 0.6)] == [1]
 
 
 def test_a_byte_budget_gets_the_least_error_that_fits(measured: ErrorCurves) -> None:
@@ -191,6 +204,20 @@ def test_the_papers_choice_takes_the_least_clusters_under_its_error() -> None:
     found = paper_preset([middle, middle, middle], 104)
     assert (found.rank, found.clusters) == (16, 2)
     assert found.squared_error is not None and 0.3 < found.squared_error < 0.6
+
+
+def test_measured_slices_hold_every_projection_alike_and_spread_over_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = SliceProblem.from_factors(random_factors(2, 8, 8, 1), "s")
+    names = [f"layers.{layer}.{p}_proj" for layer in range(30) for p in "qkv"]
+    chosen = [names[i] for i in MeasuredSlices([probe] * 90, names).indices]
+    assert len(set(chosen)) == 24
+    for p in "qkv":
+        layers = [int(name.split(".")[1]) for name in chosen if name.endswith(f"{p}_proj")]
+        assert len(layers) == 8 and max(b - a for a, b in itertools.pairwise(layers)) <= 4
+        assert layers[0] <= 2 and layers[-1] >= 27
+    assert sorted(MeasuredSlices([probe] * 6, names[:6]).indices) == list(range(6))
+    monkeypatch.setattr(budget, "_MEASURED_VALUES", 6 * 2 * 2 * 8)  # six slices of two adapters of rank 1
+    assert len(MeasuredSlices([probe] * 90, names)) == 6
 
 
 def test_curves_of_a_source_are_those_of_its_probes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,8 +91,9 @@ class _Room:
 def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_jdlora.adapter import read_adapters
     from vllm_jdlora.collection.base_model import of_one_base_model
-    from vllm_jdlora.collection.source import AdapterSource, common_slices
-    from vllm_jdlora.jd.budget import MeasuredSlices, Sizes, curves_of, frontier
+    from vllm_jdlora.collection.build import _threads_for as threads_for
+    from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
+    from vllm_jdlora.jd.budget import MeasuredSlices, curves_of, frontier
     from vllm_jdlora.jd.certificate import certify_clusters
     from vllm_jdlora.jd.passes import Slices
 
@@ -106,17 +107,19 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
             raise JDLoRAError(f"no adapter can be compressed: {everything[0].name} has {everything[0].plain_only}")
         slices = common_slices(adapters)
         source = AdapterSource(adapters, slices)
-        curves = curves_of(source, seed=args.seed, progress=show)
-        sizes = Sizes(
-            slices=tuple((part.d_out, part.d_in) for part in slices),
-            plain=tuple(_PLAIN_WIDTH * a.parameters for a in adapters),
-            basis_width=_WIDTH[args.dtype],
-            sigma_width=_WIDTH[args.dtype],
+        with threads_for(adapters, slices):
+            curves = curves_of(source, seed=args.seed, progress=show)
+        sizes = sizes_of(
+            adapters,
+            slices,
+            dtype_width=_WIDTH[args.dtype],
+            quantize="none",
             always_plain=sum(_PLAIN_WIDTH * a.parameters for a in everything if a.plain_only),
         )
         choice, asked = _chosen(args, curves, sizes)
         measured = MeasuredSlices(Slices(source, None), source.slice_names)
-        bounds = certify_clusters(measured, choice.cluster, choice.rank)
+        with threads_for(adapters, slices):
+            bounds = certify_clusters(measured, choice.cluster, choice.rank)
     room = _Room(args.device_memory, args.adapters_expected)
     slot = _slot_bytes(sizes, max(a.rank for a in adapters))
     return {
@@ -174,8 +177,10 @@ def _of_collection(args: argparse.Namespace) -> dict[str, Any]:
     sizes = Sizes(
         slices=tuple((part.d_out, part.d_in) for part in manifest.slices),
         plain=tuple(_PLAIN_WIDTH * a.parameters for a in manifest.adapters),
-        basis_width=width,
+        basis_width=width if manifest.quantize == "none" else 1,
         sigma_width=width,
+        scale_width=0 if manifest.quantize == "none" else 4,
+        diagonal=manifest.method == "diag",
         always_plain=sum(_PLAIN_WIDTH * p.parameters for p in manifest.plain),
     )
     slot = _slot_bytes(sizes, max([a.rank for a in manifest.adapters] + [p.rank for p in manifest.plain]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.alternation import Progress
-from vllm_jdlora.jd.clustering import _probes as probe_slices
+from vllm_jdlora.jd.clustering import probe_slices
 from vllm_jdlora.jd.passes import MetricOf, Slices
 from vllm_jdlora.jd.problem import FactorSource, SliceProblem
 from vllm_jdlora.jd.search import best_assignment
@@ -20,7 +20,13 @@ from vllm_jdlora.jd.slice_fit import METHODS
 RANKS = (4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
 _CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MARGIN = 0.1
-"""Share by which the relative error over all slices may exceed its prediction from a few."""
+"""Share by which an adapter's relative error over all slices may exceed its prediction from a few.
+
+32 real adapters, 90 slices: 95 % are within 1.09 of the prediction from 24 slices, 99 % within 1.14.
+"""
+# Errors are measured on so many slices, every projection (q, k, v, …) alike and spread over the layers: among 8 drawn
+# at random one projection is easily missing, and mean errors come out up to a quarter too low. Less for large stacks.
+_MEASURED, _MEASURED_VALUES = 24, 2**30
 # Adapters are grouped for bases of this rank at most: groups that are right for one rank are nearly so for others.
 _RANK_OF_SEARCH = 16
 _SEARCH_EFFORT = 0.1
@@ -34,7 +40,7 @@ def cluster_grid(n: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ErrorCurves:
-    """Squared errors of n adapters in P probe slices, for every number of clusters C and every rank G of two grids.
+    """Squared errors of n adapters in P slices, for every number of clusters C and every rank G of two grids.
 
     With K = n (each adapter's own SVD) as the last number of clusters, for information.
     """
@@ -42,7 +48,7 @@ class ErrorCurves:
     clusters: tuple[int, ...]
     ranks: tuple[int, ...]
     labels: Tensor  # [C, n] int64
-    squared_error: Tensor  # [C, G, n, P] fp64, ‖ΔW − UΣV‖², in the probes' metric
+    squared_error: Tensor  # [C, G, n, P] fp64, ‖ΔW − UΣV‖², in the slices' metric
     squared_norm: Tensor  # [n, P] fp64, ‖ΔW‖²; zero where the adapter has nothing
 
     @property
@@ -50,9 +56,9 @@ class ErrorCurves:
         return self.squared_norm.shape[0]
 
     def relative_squared(self) -> Tensor:
-        """[C, G, n] fp64: ‖ΔW − UΣV‖²/‖ΔW‖² over the probes together.
+        """[C, G, n] fp64: ‖ΔW − UΣV‖²/‖ΔW‖² over the slices together.
 
-        An adapter that no probe holds counts as the worst of the others.
+        An adapter that none of them holds counts as the worst of the others.
         """
         norm = self.squared_norm.sum(1)
         known = norm > 0
@@ -65,38 +71,43 @@ def error_curves(
     probes: Sequence[SliceProblem],
     n: int,
     *,
+    measured: Sequence[SliceProblem] | None = None,
     clusters: Sequence[int] | None = None,
     ranks: Sequence[int] = RANKS,
     seed: int = 0,
     effort: float | None = None,
     progress: Progress | None = None,
 ) -> ErrorCurves:
-    """Group n adapters and fit every cluster once at the largest rank, for each number of clusters.
+    """Group n adapters by the probes, and fit every cluster in the measured slices once, at the largest rank.
 
     Smaller ranks start from the leading columns of that fit, whose gauge nests them.
-    clusters: ascending, at most n each (default: `cluster_grid`). ranks: ascending. effort: of `best_assignment`.
-    progress: called as ("error curves", done, total).
+    measured: read one at a time (default: the probes, on which the groups look better than elsewhere). clusters:
+    ascending, at most n each (default: `cluster_grid`). ranks: ascending. effort: of `best_assignment`.
+    progress: called as (stage, done, total) with stages "group" and "measure".
     """
     clusters = tuple(cluster_grid(n) if clusters is None else clusters)
+    measured = probes if measured is None else measured
     effort = _SEARCH_EFFORT if effort is None else effort
     report = progress or (lambda stage, done, total: None)
-    squared_norm = torch.zeros(n, len(probes), dtype=torch.float64)
-    for index, probe in enumerate(probes):
-        squared_norm[probe.members.cpu(), index] = probe.squared_norms.cpu()
-    lost = torch.zeros(len(clusters), len(ranks), n, len(probes), dtype=torch.float64)
     labels = torch.zeros(len(clusters), n, dtype=torch.int64)
-    report("error curves", 0, len(clusters))
+    report("group", 0, len(clusters))
     for row, k in enumerate(clusters):
         rank = _rank_of_search(probes, n, k)
         labels[row] = best_assignment(probes, n, rank, k, seed, lambda *_: None, effort=effort)
-        for index, probe in enumerate(probes):
-            members = probe.members.cpu()
+        report("group", row + 1, len(clusters))
+    squared_norm = torch.zeros(n, len(measured), dtype=torch.float64)
+    lost = torch.zeros(len(clusters), len(ranks), n, len(measured), dtype=torch.float64)
+    for index in range(len(measured)):
+        problem = measured[index]
+        members = problem.members.cpu()
+        squared_norm[members, index] = problem.squared_norms.cpu()
+        for row in range(len(clusters)):
             own = labels[row][members]
             for label in own.unique():
                 positions = (own == label).nonzero()[:, 0]
-                part = probe.subset(positions.to(probe.members.device))
+                part = problem.subset(positions.to(problem.members.device))
                 lost[row, :, members[positions], index] = _lost_by_rank(part, ranks)
-        report("error curves", row + 1, len(clusters))
+        report("measure", index + 1, len(measured))
     return ErrorCurves(clusters, tuple(ranks), labels, lost * squared_norm, squared_norm)
 
 
@@ -107,8 +118,33 @@ def curves_of(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ErrorCurves:
-    """`error_curves` on the slices of a collection on which its clusters are searched too."""
-    return error_curves(probe_slices(Slices(source, metric_of), seed), source.n, seed=seed, progress=progress)
+    """`error_curves` of a collection: grouped on the slices that its own fit takes, measured on `MeasuredSlices`."""
+    slices = Slices(source, metric_of)
+    probes = probe_slices(slices, seed)
+    measured = MeasuredSlices(slices, source.slice_names)
+    return error_curves(probes, source.n, measured=measured, seed=seed, progress=progress)
+
+
+class MeasuredSlices(Sequence[SliceProblem]):
+    """Up to 24 of the slices, stacked anew at each access: of each projection as many, evenly spread over layers."""
+
+    def __init__(self, slices: Sequence[SliceProblem], names: Sequence[str]) -> None:
+        by_projection: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            by_projection.setdefault(name.rpartition(".")[2], []).append(index)
+        values = slices[0].bt.numel() + slices[0].a.numel()
+        each = max(1, min(_MEASURED, _MEASURED_VALUES // max(1, values)) // len(by_projection))
+        self.indices: list[int] = []
+        for group in by_projection.values():
+            count = min(each, len(group))
+            self.indices += [group[int((i + 0.5) * len(group) / count)] for i in range(count)]
+        self._slices = slices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> SliceProblem:  # type: ignore[override]
+        return self._slices[self.indices[index]]
 
 
 def _rank_of_search(probes: Sequence[SliceProblem], n: int, clusters: int) -> int:
@@ -144,6 +180,8 @@ class Sizes:
     plain: tuple[int, ...]  # [n] bytes of each adapter's A and B, kept uncompressed
     basis_width: float = 2  # bytes of a number of U or V
     sigma_width: float = 2  # bytes of a number of Σ
+    scale_width: float = 0  # bytes of the scale that each direction of a basis in 8 bits has
+    diagonal: bool = False  # Σ as R numbers (JD-Diag), not R × R
     always_plain: int = 0  # bytes of adapters that cannot be compressed
 
     @property
@@ -156,12 +194,13 @@ class Sizes:
         return sum(self.plain) + self.always_plain
 
     def bases(self, clusters: int, rank: int) -> int:
-        """K · Σ_slices R (d_out + d_in)."""
-        return math.ceil(clusters * rank * sum(d_out + d_in for d_out, d_in in self.slices) * self.basis_width)
+        """K · R · Σ_slices (d_out + d_in) numbers, and their scales."""
+        direction = sum((d_out + d_in) * self.basis_width + 2 * self.scale_width for d_out, d_in in self.slices)
+        return math.ceil(clusters * rank * direction)
 
     def scaling(self, rank: int) -> int:
-        """Bytes for each further adapter: R × R in each slice."""
-        return math.ceil(len(self.slices) * rank**2 * self.sigma_width)
+        """Bytes for each further adapter: R × R numbers in each slice."""
+        return math.ceil(len(self.slices) * (rank if self.diagonal else rank**2) * self.sigma_width)
 
     def total(self, clusters: int, rank: int, plain: Sequence[int] = ()) -> int:
         """Bases, Σ of all adapters but those at the positions `plain`, and these uncompressed."""
@@ -187,7 +226,7 @@ class Choice:
 
 
 def choices(curves: ErrorCurves, sizes: Sizes, max_error: float | None = None, margin: float = 0.0) -> list[Choice]:
-    """Every (K, R) of the curves' grids but K = n, where at least one adapter is compressed.
+    """Every (K, R) of the curves' grids but K = n, where at least as many adapters as clusters are compressed.
 
     max_error: adapters whose predicted relative error, times 1 + margin, is above it are kept plain.
     """
@@ -199,7 +238,7 @@ def choices(curves: ErrorCurves, sizes: Sizes, max_error: float | None = None, m
         for column, rank in enumerate(curves.ranks):
             squared = relative[row, column]
             kept = squared.sqrt() * (1 + margin) <= (math.inf if max_error is None else max_error)
-            if kept.any():
+            if int(kept.sum()) >= k:
                 plain = tuple((~kept).nonzero()[:, 0].tolist())
                 errors = squared[kept].sqrt()
                 out.append(

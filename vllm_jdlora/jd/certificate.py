@@ -62,13 +62,14 @@ def certify(problem: SliceProblem, rank: int) -> Certificate | None:
     return Certificate(min(lower, upper), upper, float(len(problem)))  # they may cross by rounding
 
 
-def certify_clusters(probes: Sequence[SliceProblem], cluster: Tensor, rank: int) -> Certificate | None:
+def certify_clusters(slices: Sequence[SliceProblem], cluster: Tensor, rank: int) -> Certificate | None:
     """The sum of `certify` over slices and over the clusters that labels [n] int64 make; None if any part has none."""
     lower = upper = weight = 0.0
-    for probe in probes:
-        labels = cluster[probe.members.cpu()]
+    for index in range(len(slices)):
+        problem = slices[index]
+        labels = cluster[problem.members.cpu()]
         for k in labels.unique():
-            part = certify(probe.subset((labels == k).nonzero()[:, 0].to(probe.members.device)), rank)
+            part = certify(problem.subset((labels == k).nonzero()[:, 0].to(problem.members.device)), rank)
             if part is None:
                 return None
             lower, upper, weight = lower + part.lower, upper + part.upper, weight + part.weight
