@@ -116,7 +116,8 @@ def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path
     import torch
 
     from vllm_jdlora.adapter import SliceShape
-    from vllm_jdlora.collection import build, work
+    from vllm_jdlora.collection import work
+    from vllm_jdlora.collection.tensors import write_tensors
     from vllm_jdlora.commands.terminal import progress_bars
     from vllm_jdlora.jd import clustering, slice_fit
     from vllm_jdlora.jd.problem import SliceProblem
@@ -150,7 +151,7 @@ def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path
         store.open(output)
         fit = clustering.fit_collection(source, recipe, clusters=clusters, store=store, progress=show)
         with clock.phase("write"):
-            build.write_tensors(output, shapes, fit, range(n), show)
+            write_tensors(output, shapes, fit, range(n), "none", show)
     relative = (fit.squared_error.sum(1) / fit.squared_norm.sum(1)).sqrt()
     seconds, cpu = (
         {name: round(value, 2) for name, value in each.items()} for each in (clock.seconds, clock.cpu_seconds)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests import tiny_llama
 from vllm_jdlora import cli
 from vllm_jdlora.adapter import Adapter, read_adapter
-from vllm_jdlora.collection import build, work
+from vllm_jdlora.collection import tensors as collection_tensors
+from vllm_jdlora.collection import work
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.work import WorkFolder
 from vllm_jdlora.errors import JDLoRAError
@@ -35,7 +36,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from tests.collection import test_resume
-from vllm_jdlora.collection import build, io, work
+from vllm_jdlora.collection import tensors
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -52,7 +53,7 @@ for point in sys.argv[2:]:
             seen += at == kind
             if at == kind and seen == int(last):
                 os.kill(os.getpid(), signal.SIGKILL)
-        replace, stream = os.replace, build.write_streamed
+        replace, stream = os.replace, tensors.write_streamed
         def replaced(*args):
             event("replace")
             replace(*args)
@@ -62,7 +63,7 @@ for point in sys.argv[2:]:
                     event("piece")
                     yield piece
             return stream(file, layout, counted())
-        os.replace, build.write_streamed = replaced, streamed
+        os.replace, tensors.write_streamed = replaced, streamed
         test_resume.wrong_start()
         test_resume.compressed(folder, folder / point, lambda stage, done, total: event(stage))
     finally:
@@ -74,7 +75,7 @@ POINTS = ["start-1", *(f"replace-{n}" for n in (1, 3, 5, 7, 8, 11, 13)), "piece-
 
 def wrong_start() -> None:
     def assignment(*args: object) -> torch.Tensor:
-        args[-1]("start", 1, 1)  # type: ignore[operator]
+        next(arg for arg in args if callable(arg))("start", 1, 1)
         return torch.tensor(WRONG)
 
     clustering.assignment = assignment  # type: ignore[assignment]
@@ -244,8 +245,8 @@ def test_damaged_work_is_done_again(tmp_path, monkeypatch):
 def test_scalings_are_put_together_in_pieces_and_shards(tmp_path, monkeypatch):
     whole = compressed(tmp_path, tmp_path / "whole")
     row = SLICES * 4 * 4 * 2
-    monkeypatch.setattr(build, "_SHARD_BYTES", 4 * row)
-    monkeypatch.setattr(build, "_PIECE_BYTES", 3 * row)
+    monkeypatch.setattr(collection_tensors, "_SHARD_BYTES", 4 * row)
+    monkeypatch.setattr(collection_tensors, "_PIECE_BYTES", 3 * row)
     cut = compressed(tmp_path, tmp_path / "cut")
     assert sorted(cut.manifest.files)[2:] == ["scalings-00000.safetensors", "scalings-00001.safetensors"]
     assert all(torch.equal(cut.sigma(i), whole.sigma(i)) for i in range(6))
