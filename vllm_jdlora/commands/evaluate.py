@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_jdlora.commands.terminal import positive, printable, readable_bytes
+from vllm_jdlora.commands.evaluation_report import print_evaluation
+from vllm_jdlora.commands.terminal import positive
 from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
     from vllm_jdlora.collection import Collection
     from vllm_jdlora.evaluation.evaluate import Evaluation
     from vllm_jdlora.evaluation.leakage import Distribution
-    from vllm_jdlora.evaluation.summary import Estimate, Row
+    from vllm_jdlora.evaluation.records import Record
+    from vllm_jdlora.evaluation.summary import Row
     from vllm_jdlora.evaluation.variant import Variant
 
 
@@ -31,6 +35,20 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="first N test items of each task (default: all)")
     parser.add_argument("--no-answers", action="store_true", help="loss and token accuracy only; no greedy answers")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="of an answer (default: 64)")
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        metavar="NAME",
+        help='methods to compare with at the bytes of each collection, or "all"; an unknown name lists them',
+    )
+    parser.add_argument(
+        "--budget",
+        nargs="+",
+        type=_share,
+        default=[],
+        metavar="SHARE",
+        help="further bytes to run the baselines at, as a share of the uncompressed adapters', such as 1/8",
+    )
     parser.add_argument("--moments", type=Path, metavar="FILE", help="of jdlora calibrate: report output errors too")
     parser.add_argument("--leakage", action="store_true", help="also: does A, compressed with B, gain on B's task?")
     parser.add_argument(
@@ -38,6 +56,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model (default: fp32)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines to append to, and to go on from")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write bytes.svg and error.svg there")
     parser.add_argument("--json", action="store_true", help="the summary as JSON on stdout")
     parser.set_defaults(run=_run)
 
@@ -54,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     from vllm_jdlora.evaluation.model import SwitchableModel
     from vllm_jdlora.evaluation.records import RecordFile
     from vllm_jdlora.evaluation.summary import summarise
-    from vllm_jdlora.evaluation.variant import of_collection
+    from vllm_jdlora.evaluation.variant import of_collection, uncompressed
 
     adapters, _ = read_adapters(args.adapters)
     measured = _only(adapters, args.only)
@@ -64,14 +83,21 @@ def _run(args: argparse.Namespace) -> int:
         _check_same_adapters(collection, adapters)
     variants = [of_collection(c, name) for c, name in zip(collections, _names(args.collections), strict=True)]
     moments = _moments(args.moments, adapters) if args.moments else None
+    budgets = {variant.name: variant.bytes for variant in variants}
+    budgets |= {str(share): int(share * uncompressed(adapters).bytes) for share in args.budget}
+    names = _baseline_names(args.baselines or (), budgets)
     results = RecordFile(args.output)
-    model = SwitchableModel.load(args.base_model, dtype=args.dtype)
-    evaluation = Evaluation(model, adapters, tasks, results, moments, args.max_new_tokens)
+    evaluation = Evaluation(
+        SwitchableModel.load(args.base_model, dtype=args.dtype), adapters, tasks, results, moments, args.max_new_tokens
+    )
 
-    total = (len(variants) + 2) * len(tasks)
-    records = list(_progress(evaluation.run(variants, answers=not args.no_answers), total, "evaluate"))
+    compared = itertools.chain(variants, _fitted(names, budgets, adapters, moments))
+    total = (2 + len(variants) + len(names) * len(budgets)) * len(tasks)
+    records = list(_progress(evaluation.run(compared, answers=not args.no_answers), total, "evaluate"))
     rows = summarise(records)
     facts: dict[str, Any] = {"summary": [asdict(row) for row in rows]}
+    if args.plots:
+        _plot(rows, records, args.plots)
     leaks = {}
     if args.leakage:
         for collection, variant in zip(collections, variants, strict=True):
@@ -82,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
-        _print_report(rows, leaks)
+        print_evaluation(rows, leaks)
     return 0
 
 
@@ -92,7 +118,7 @@ def _leakage(
     from vllm_jdlora.evaluation.leakage import changes, distribution, pairs_of
 
     pairs = pairs_of(collection, list(evaluation.tasks), count=count)
-    found = list(_progress(changes(evaluation, variant, evaluation.adapters, pairs), len(pairs), "leakage"))
+    found = list(_progress(changes(evaluation, variant, pairs), len(pairs), "leakage"))
     kinds = {
         "one cluster": [change for change in found if change.pair.together],
         "other clusters": [change for change in found if not change.pair.together],
@@ -112,7 +138,50 @@ def _only(adapters: Sequence[Adapter], names: Sequence[str] | None) -> list[Adap
 def _names(paths: Sequence[Path]) -> list[str]:
     """Folder names, or whole paths where two folders have one name."""
     names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if taken := {"base", "uncompressed"} & set(names):
+        raise JDLoRAError(f"a collection named {taken.pop()!r} cannot be told from that row: rename its folder")
+    return names
+
+
+def _baseline_names(asked: Sequence[str], budgets: Mapping[str, int]) -> list[str]:
+    if not asked:
+        return []
+    from vllm_jdlora.evaluation.baseline_variants import BASELINES
+
+    unknown = sorted(set(asked) - {"all", *BASELINES})
+    if unknown:
+        raise JDLoRAError(f"no baseline named {unknown[0]!r}: choose from {', '.join(BASELINES)}, or all")
+    if not budgets:
+        raise JDLoRAError("baselines are compared at equal bytes: name a collection, or a --budget such as 1/8")
+    return list(BASELINES if "all" in asked else dict.fromkeys(asked))
+
+
+def _fitted(
+    names: Sequence[str], budgets: Mapping[str, int], adapters: Sequence[Adapter], moments: Mapping[str, Any] | None
+) -> Iterator[Variant]:
+    """Each baseline at each budget, named ``BASELINE: BUDGET``; fitted when its turn comes."""
+    for name in names:
+        from vllm_jdlora.evaluation.baseline_variants import baseline
+
+        for label, size in budgets.items():
+            variant = baseline(name, adapters, size, second_moments=moments, progress=False)
+            yield replace(variant, name=f"{name}: {label}")
+
+
+def _plot(rows: Sequence[Row], records: Sequence[Record], folder: Path) -> None:
+    from vllm_jdlora.evaluation.plots import plot_over_bytes, plot_performance_over_error
+
+    plot_over_bytes(rows, folder / "bytes.svg")
+    plot_performance_over_error(records, folder / "error.svg")
+
+
+def _share(text: str) -> Fraction:
+    share = Fraction(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError("must be a share above 0 and up to 1, such as 1/8")
+    return share
 
 
 def _check_same_adapters(collection: Collection, adapters: Sequence[Adapter]) -> None:
@@ -130,7 +199,7 @@ def _check_same_adapters(collection: Collection, adapters: Sequence[Adapter]) ->
 
 
 def _moments(file: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    from vllm_jdlora.second_moments import SecondMoments
+    from vllm_jdlora.collection.second_moments import SecondMoments
 
     moments = SecondMoments.load(file)
     shapes = {name: part.shape for adapter in adapters for name, part in adapter.slices.items()}
@@ -142,58 +211,3 @@ def _progress(steps: Iterable[Any], total: int, title: str) -> Iterator[Any]:
     from tqdm import tqdm
 
     yield from tqdm(steps, total=total, desc=title, unit="adapter", smoothing=0.05)
-
-
-def _print_report(rows: Sequence[Row], leaks: dict[str, dict[str, Distribution]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    with_answers = any(row.relative_rouge_l for row in rows)
-    columns = ["variant", "bytes/adapter", "relative error", "output error", "loss", "loss change", "token accuracy"]
-    if with_answers:
-        columns += ["exact match", "ROUGE-L", "relative ROUGE-L", "worst", "agreement"]
-    table = Table(*columns, box=None)
-    for row in rows:
-        cells = [
-            printable(row.variant),
-            f"{readable_bytes(row.bytes_per_adapter)} ({row.share_of_bytes:.1%})",
-            f"{row.relative_error:.3f}",
-            _number(row.output_error),
-            f"{row.loss:.4f}",
-            _estimate(row.loss_change, "+.4f"),
-            f"{row.token_accuracy:.4f}",
-        ]
-        if with_answers:
-            worst = row.relative_rouge_l
-            cells += [
-                _number(row.exact_match),
-                _number(row.rouge_l, ".4f"),
-                "-" if worst is None else _estimate(worst, ".4f"),
-                "-" if worst is None else printable(f"{worst.worst:.3f} {worst.worst_adapter}"),
-                _number(row.agreement),
-            ]
-        table.add_row(*map(Text, cells))
-    console.print(table)
-    console.print(
-        "means over adapters; [95 % bootstrap interval over adapters and items]; errors are not squared; "
-        "relative = metric / metric of the uncompressed adapter",
-        highlight=False,
-        markup=False,
-    )
-    for name, kinds in leaks.items():
-        for kind, found in kinds.items():
-            line = (
-                f"leakage, {printable(name)}, pairs of {kind}: {found.pairs} pairs, loss on the other's task changes "
-                f"by {found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}], improved in {found.improved:.0%}"
-            )
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _estimate(found: Estimate, form: str) -> str:
-    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else f"{value:{form}}"

@@ -21,8 +21,11 @@ IMPLEMENTATION = "jdlora_grouped"
 _ROOM = 32
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class _GrowingLayer(DynamicLayer):
     """Keys and values [B, heads, S, d] of one layer, views of buffers with room behind them."""
+
+    keys: Tensor
+    values: Tensor
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
@@ -53,9 +54,14 @@ class Evaluation:
         self._originals = uncompressed(self.adapters)
         self._moments_digest = self.moments and digest({name: (c, c[:0]) for name, c in self.moments.items()})
 
-    def run(self, variants: Sequence[Variant], *, answers: bool = True) -> Iterator[Record]:
+    @property
+    def originals(self) -> Variant:
+        """The uncompressed adapters."""
+        return self._originals
+
+    def run(self, variants: Iterable[Variant], *, answers: bool = True) -> Iterator[Record]:
         """Base and uncompressed first, then ``variants``; one record for each variant and adapter with a task."""
-        for variant in [base(), self._originals, *variants]:
+        for variant in chain([base(), self._originals], variants):
             for adapter in self.tasks:
                 yield self.measure(variant, adapter, adapter, answers=answers)
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_jdlora.adapter import Adapter
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.evaluation.evaluate import Evaluation
 from vllm_jdlora.evaluation.records import Record
-from vllm_jdlora.evaluation.variant import Variant, uncompressed
+from vllm_jdlora.evaluation.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,12 @@ def pairs_of(collection: Collection, names: Sequence[str], *, count: int | None 
     return shared + sorted(generator.sample(apart, min(len(apart), len(shared))), key=str)
 
 
-def changes(
-    evaluation: Evaluation, variant: Variant, adapters: Sequence[Adapter], pairs: Sequence[Pair]
-) -> Iterator[Change]:
+def changes(evaluation: Evaluation, variant: Variant, pairs: Sequence[Pair]) -> Iterator[Change]:
     """The loss of each pair's adapter on the other's test items, before and after compression."""
-    originals = uncompressed(adapters)
     for pair in pairs:
-        before, after = (evaluation.measure(v, pair.adapter, pair.task, answers=False) for v in (originals, variant))
+        before, after = (
+            evaluation.measure(v, pair.adapter, pair.task, answers=False) for v in (evaluation.originals, variant)
+        )
         yield Change(pair, before, after)
 
 

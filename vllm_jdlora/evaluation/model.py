@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from vllm_jdlora.adapter import file_digest
 from vllm_jdlora.errors import JDLoRAError
@@ -44,17 +45,25 @@ class SwitchableModel:
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: str = "fp32") -> SwitchableModel:
-        """Load a model folder (or a name that transformers knows).
+        """Load a model folder.
 
         Raises:
             JDLoRAError: transformers cannot read the model, or this module cannot run it.
         """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise JDLoRAError(f"{path}: no config.json; the base model is a Hugging Face folder")
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise JDLoRAError(f"{path}: not a model that transformers can load ({error})") from error
-        return cls(model, tokenizer, _fingerprint(Path(path), dtype))
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        return cls(model, tokenizer, _fingerprint(path, dtype))
 
     @property
     def device(self) -> torch.device:
@@ -151,11 +160,9 @@ class SwitchableModel:
 
 
 def _fingerprint(path: Path, dtype: str) -> str:
-    """Digest of config and weights where ``path`` is a folder, of the name otherwise; and the dtype."""
+    """Digest of the dtype and of what the folder holds: config, tokenizer, weights."""
     digest = hashlib.sha256(dtype.encode())
-    files = sorted(f for f in path.glob("*") if f.suffix in (".json", ".safetensors")) if path.is_dir() else []
-    for file in files:
-        digest.update(f"{file.name} {file_digest(file)}\n".encode())
-    if not files:
-        digest.update(str(path).encode())
+    for file in sorted(path.glob("*")):
+        if file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+            digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()

@@ -32,7 +32,7 @@ class Row:
 
     ``relative_*`` is metric / metric(uncompressed) of each adapter, averaged over adapters; ``loss_change`` is the
     difference of losses, since a ratio says little where an adapter's own loss is near zero. None where answers (or
-    moments) were not asked for.
+    moments) were not asked for, and for ratios where the uncompressed adapters score nothing.
     """
 
     variant: str
@@ -48,7 +48,7 @@ class Row:
     agreement: float | None
     agreement_with_base: float | None
     loss_change: Estimate
-    relative_token_accuracy: Estimate
+    relative_token_accuracy: Estimate | None
     relative_exact_match: Estimate | None
     relative_rouge_l: Estimate | None
 
@@ -81,8 +81,11 @@ def _row(variant: str, pairs: list[tuple[Record, Record]], resamples: int, seed:
     records = [record for record, _ in pairs]
     with_answers = all(r.answers and u.answers for r, u in pairs)
 
-    def estimate(items: _Items, combine: Callable[..., np.ndarray], worst: Callable[..., int]) -> Estimate:
-        return _estimate(pairs, items, combine, worst, resamples, seed)
+    loss_change = _estimate(pairs, _losses, np.subtract, np.nanargmax, resamples, seed)
+    assert loss_change is not None
+
+    def ratio(items: _Items) -> Estimate | None:
+        return _estimate(pairs, items, _ratio, np.nanargmin, resamples, seed)
 
     return Row(
         variant=variant,
@@ -97,10 +100,10 @@ def _row(variant: str, pairs: list[tuple[Record, Record]], resamples: int, seed:
         rouge_l=_mean([r.rouge_l for r in records]),
         agreement=_mean([r.agreement for r in records]),
         agreement_with_base=_mean([r.agreement_with_base for r in records]),
-        loss_change=estimate(_losses, np.subtract, np.nanargmax),
-        relative_token_accuracy=estimate(_correct, _ratio, np.nanargmin),
-        relative_exact_match=estimate(_exact, _ratio, np.nanargmin) if with_answers else None,
-        relative_rouge_l=estimate(_rouge, _ratio, np.nanargmin) if with_answers else None,
+        loss_change=loss_change,
+        relative_token_accuracy=ratio(_correct),
+        relative_exact_match=ratio(_exact) if with_answers else None,
+        relative_rouge_l=ratio(_rouge) if with_answers else None,
     )
 
 
@@ -111,8 +114,11 @@ def _estimate(
     worst: Callable[..., int],
     resamples: int,
     seed: int,
-) -> Estimate:
-    """``combine`` (variant, uncompressed) of the item means of each adapter, averaged over adapters."""
+) -> Estimate | None:
+    """``combine`` (variant, uncompressed) of the item means of each adapter, averaged over adapters.
+
+    None where the uncompressed adapters score nothing at all.
+    """
     generator = np.random.default_rng(seed)
     points = np.empty(len(pairs))
     draws = np.empty((resamples, len(pairs)))
@@ -127,10 +133,13 @@ def _estimate(
         )
         draws[:, column] = combine(counts @ (values * weights) / total, counts @ (other_values * weights) / total)
     if np.isnan(points).all():
-        return Estimate(float("nan"), float("nan"), float("nan"), float("nan"), "")
+        return None
     chosen = generator.integers(len(pairs), size=draws.shape)
-    means = np.nanmean(np.take_along_axis(draws, chosen, axis=1), axis=1)
-    low, high = np.nanpercentile(means, [2.5, 97.5])
+    picked = np.take_along_axis(draws, chosen, axis=1)
+    known = ~np.isnan(picked)
+    some = known.any(axis=1)
+    means = np.where(known, picked, 0)[some].sum(axis=1) / known[some].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
     at = int(worst(points))
     return Estimate(float(np.nanmean(points)), float(low), float(high), float(points[at]), pairs[at][0].adapter)
 
