@@ -184,6 +184,10 @@ def test_water_filling_finds_the_optimum_of_concave_gains() -> None:
     )
     assert sum(found) <= 36
     assert sum(float(lost[s, ranks.index(r)]) for s, r in enumerate(found)) == pytest.approx(best)
+    # Two narrow slices together gain more than a wide one in as many bytes.
+    narrow, wide = [0.0, 5.0], [0.0, 10.0]
+    assert water_filling(torch.tensor([[1.0, 0.0], [0.6, 0.0], [0.6, 0.0]]), (4, 8), [wide, narrow, narrow], 10) == (
+        4, 8, 8)  # fmt: skip
     # A gain that only comes at the second step is taken too.
     assert water_filling(torch.tensor([[1.0, 1.0, 0.0]]), (4, 8, 12), [[4.0, 8.0, 12.0]], 12) == (12,)
     with pytest.raises(JDLoRAError, match="rank 4 in every slice"):
