@@ -138,7 +138,13 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
         | {
             "asked": asked,
             "relative_error": _errors(choice),
-            "bounds": None if bounds is None else dict(zip(("lower", "upper"), bounds.relative, strict=True)),
+            "bounds": None
+            if bounds is None
+            else {
+                "lower": bounds.relative[0],
+                "predicted": curves.root_mean_square(choice.clusters, choice.rank),
+                "upper": bounds.relative[1],
+            },
             "plain": [adapters[i].name for i in choice.plain],
             "total_bytes": choice.bytes,
             "command": _command(args, choice),
@@ -281,7 +287,8 @@ def _print_recommended(best: dict[str, Any], show: Any) -> None:
         show(f"kept plain: {', '.join(best['plain'])}")
     if best["bounds"] is not None:
         show(
-            f"certified for these clusters (root mean square over adapters and measured slices): no bases of this rank "
-            f"get below {best['bounds']['lower']:.3f}, the fit stays under {best['bounds']['upper']:.3f}"
+            f"certified for these clusters, as a root mean square over adapters and measured slices: "
+            f"{best['bounds']['predicted']:.3f} is predicted, no bases of this rank get below "
+            f"{best['bounds']['lower']:.3f}, none as good as their start lose more than {best['bounds']['upper']:.3f}"
         )
     show(best["command"])

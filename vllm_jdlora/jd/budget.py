@@ -66,6 +66,12 @@ class ErrorCurves:
         worst = relative[:, :, known].amax(2, keepdim=True) if known.any() else torch.ones_like(relative[:, :, :1])
         return relative.where(known, worst)
 
+    def root_mean_square(self, clusters: int, rank: int) -> float:
+        """Over adapters and slices, each pair alike: what certificates bound. (`relative_squared` goes by norms.)"""
+        present = self.squared_norm > 0
+        lost = self.squared_error[self.clusters.index(clusters), self.ranks.index(rank)]
+        return float((lost[present] / self.squared_norm[present]).mean().sqrt())
+
 
 def error_curves(
     probes: Sequence[SliceProblem],
