@@ -6,7 +6,7 @@ max(τ_U, τ_V) ≤ error²_optimal ≤ error²_HOSVD ≤ τ_U + τ_V ≤ 2·err
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +62,10 @@ def certify(problem: SliceProblem, rank: int) -> Certificate | None:
     return Certificate(min(lower, upper), upper, float(len(problem)))  # they may cross by rounding
 
 
-def certify_clusters(slices: Sequence[SliceProblem], cluster: Tensor, rank: int) -> Certificate | None:
+def certify_clusters(slices: Iterable[SliceProblem], cluster: Tensor, rank: int) -> Certificate | None:
     """The sum of `certify` over slices and over the clusters that labels [n] int64 make; None if any part has none."""
     lower = upper = weight = 0.0
-    for index in range(len(slices)):
-        problem = slices[index]
+    for problem in slices:
         labels = cluster[problem.members.cpu()]
         for k in labels.unique():
             part = certify(problem.subset((labels == k).nonzero()[:, 0].to(problem.members.device)), rank)
