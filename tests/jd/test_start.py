@@ -101,7 +101,12 @@ def test_another_seed_draws_other_starts() -> None:
 
 @pytest.mark.parametrize(("ranks", "rank"), [(6, 8), (6, 11), ([2, 5, 3, 6], 16), (6, 3), (6, 64)])
 def test_a_joint_fit_from_stacked_svds_captures_at_least_what_they_do(ranks: int | list[int], rank: int) -> None:
-    factors = random_factors(4, 40, 30, ranks)
+    # Flat and steep spectra: the strongest directions of all would be those of the steep ones alone.
+    steep = [0.2, 0.9, 0.4, 1.0]
+    factors = [
+        Factors(f.b * steep[i] ** torch.arange(f.b.shape[1]), f.a)
+        for i, f in enumerate(random_factors(4, 40, 30, ranks))
+    ]
     problem = SliceProblem.from_factors(factors, "s")
     u, v = stacked_start(problem, rank)
     assert u.shape == (40, rank) and v.shape == (rank, 30) and u.dtype == problem.a.dtype
