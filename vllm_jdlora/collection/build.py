@@ -127,11 +127,16 @@ def compress(
     if moments is not None:
         moments.check_fit(slices, base.fingerprint)
     metric_of = None if moments is None else _metric_of(moments, slices)
-    with _threads_for(fitted, slices):
+    with threads_for(fitted, slices):
         if rank is None and clusters is None and (max_error is not None or max_bytes is not None):
             others = sum(2 * a.parameters for a, _, _ in plain)
             sizes = sizes_of(
-                fitted, slices, dtype_width=TORCH_DTYPES[dtype].itemsize, quantize=quantize, always_plain=others
+                fitted,
+                slices,
+                dtype_width=TORCH_DTYPES[dtype].itemsize,
+                quantize=quantize,
+                diagonal=method == "diag",
+                always_plain=others,
             )
             curves = curves_of(AdapterSource(fitted, slices), metric_of=metric_of, seed=seed, progress=report)
             limit = None if max_bytes is None else max_bytes(sizes.uncompressed)
@@ -271,7 +276,7 @@ def _relative(squared_error: torch.Tensor, squared_norm: torch.Tensor) -> torch.
 def _certified(slices: Slices, fit: CollectionFit, rank: int, seed: int) -> tuple[float | None, float | None]:
     """(floor, reached) root mean squares on the probe slices; None where these are too large for a certificate."""
     positions = probe_positions(len(slices), seed)
-    bounds = certify_clusters([slices[index] for index in positions], fit.cluster, rank)
+    bounds = certify_clusters((slices[index] for index in positions), fit.cluster, rank)
     if bounds is None:
         return None, None
     reached = sum(float(fit.slice(index).relative().sum()) for index in positions)
@@ -295,7 +300,7 @@ def _digest(adapters: Sequence[Adapter], slices: Sequence[SliceShape], **options
 
 
 @contextmanager
-def _threads_for(adapters: Sequence[Adapter], slices: Sequence[SliceShape]) -> Iterator[None]:
+def threads_for(adapters: Sequence[Adapter], slices: Sequence[SliceShape]) -> Iterator[None]:
     """One thread while the stacked factors of a slice are small.
 
     Their products take microseconds: a second thread gains nothing, and where other processes want the cores too,

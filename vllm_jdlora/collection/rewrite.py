@@ -113,9 +113,9 @@ class Draft:
             tensors[f"{part.name}.U"], tensors[f"{part.name}.V"] = u, v
         self.save(BASES_FILE, tensors)
 
-    def errors(self, relative: Tensor) -> None:
-        """[n, slices] fp32, NaN where an adapter has nothing."""
-        self.save(ERRORS_FILE, {"relative_error": relative})
+    def errors(self, relative: Tensor, output: Tensor | None = None) -> None:
+        """[n, slices] fp32, NaN where an adapter has nothing; `output` for collections in the activation metric."""
+        self.save(ERRORS_FILE, {"relative_error": relative} | ({} if output is None else {"output_error": output}))
 
     def scalings(self, kept: Sequence[int], new: Tensor, *, wider: int = 0) -> None:
         """The old rows `kept` (ascending), then the rows `new` [m, slices, …]; shards that do not change are kept.

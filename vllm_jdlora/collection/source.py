@@ -11,6 +11,8 @@ from vllm_jdlora.jd.problem import Factors
 
 _PLAIN_WIDTH = 2
 """Bytes of a number of a plain adapter: bf16 or fp16 on the device."""
+_SCALE_WIDTH = 4
+"""Bytes of the scale of a quantised direction."""
 
 
 class AdapterSource:
@@ -49,7 +51,13 @@ def common_slices(adapters: Sequence[Adapter]) -> list[SliceShape]:
 
 
 def sizes_of(
-    adapters: Sequence[Adapter], slices: Sequence[SliceShape], *, dtype_width: int, quantize: str, always_plain: int = 0
+    adapters: Sequence[Adapter],
+    slices: Sequence[SliceShape],
+    *,
+    dtype_width: int,
+    quantize: str = "none",
+    diagonal: bool = False,
+    always_plain: int = 0,
 ) -> Sizes:
     """What these adapters take as a collection, for the choice of rank and clusters.
 
@@ -61,6 +69,8 @@ def sizes_of(
         plain=tuple(_PLAIN_WIDTH * a.parameters for a in adapters),
         basis_width=dtype_width if quantize == "none" else 1,
         sigma_width=dtype_width,
+        scale_width=0 if quantize == "none" else _SCALE_WIDTH,
+        diagonal=diagonal,
         always_plain=always_plain,
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_jdlora.commands.evaluation_report import print_evaluation
-from vllm_jdlora.commands.terminal import positive
+from vllm_jdlora.commands.terminal import positive, progress_bars
 from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from vllm_jdlora.evaluation.records import Record
     from vllm_jdlora.evaluation.summary import Row
     from vllm_jdlora.evaluation.variant import Variant
+
+
+_OWN_TEXT = Path("-")
+"""`--calibration` without a file: the text that ships with the tool."""
 
 
 def add_to(commands: Any) -> None:
@@ -49,7 +53,14 @@ def add_to(commands: Any) -> None:
         metavar="SHARE",
         help="further bytes to run the baselines at, as a share of the uncompressed adapters', such as 1/8",
     )
-    parser.add_argument("--moments", type=Path, metavar="FILE", help="of jdlora calibrate: report output errors too")
+    parser.add_argument(
+        "--calibration",
+        nargs="?",
+        type=Path,
+        const=_OWN_TEXT,
+        metavar="FILE",
+        help="report output errors too; FILE: text (.txt, .jsonl) or moments from jdlora calibrate (.safetensors)",
+    )
     parser.add_argument("--leakage", action="store_true", help="also: does A, compressed with B, gain on B's task?")
     parser.add_argument(
         "--leakage-pairs", type=positive, metavar="N", help="at most N pairs of each kind (default: all of one cluster)"
@@ -82,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     for collection in collections:
         _check_same_adapters(collection, adapters)
     variants = [of_collection(c, name) for c, name in zip(collections, _names(args.collections), strict=True)]
-    moments = _moments(args.moments, adapters) if args.moments else None
+    moments = _moments(args.calibration, args.base_model, adapters) if args.calibration else None
     budgets = {variant.name: variant.bytes for variant in variants}
     budgets |= {str(share): int(share * uncompressed(adapters).bytes) for share in args.budget}
     names = _baseline_names(args.baselines or (), budgets)
@@ -198,11 +209,18 @@ def _check_same_adapters(collection: Collection, adapters: Sequence[Adapter]) ->
         raise JDLoRAError(f"--adapters lacks {extra!r} of {collection.path}: bytes are shared by all; choose by --only")
 
 
-def _moments(file: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    from vllm_jdlora.collection.second_moments import SecondMoments
+def _moments(file: Path, base_model: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Second moments of each slice's input; those of a text are gathered, or come from the cache."""
+    from vllm_jdlora.calibration import calibration_texts, gather_cached
+    from vllm_jdlora.second_moments import SecondMoments
 
-    moments = SecondMoments.load(file)
     shapes = {name: part.shape for adapter in adapters for name, part in adapter.slices.items()}
+    if file.suffix == ".safetensors":
+        moments = SecondMoments.load(file)
+    else:
+        texts = calibration_texts(base_model, None if file == _OWN_TEXT else file)
+        with progress_bars() as show:
+            moments = gather_cached(base_model, texts, list(shapes.values()), progress=show)
     moments.check_fit(list(shapes.values()))
     return {name: moments.of(name) for name in shapes}
 

@@ -91,7 +91,7 @@ class _Room:
 def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_jdlora.adapter import read_adapters
     from vllm_jdlora.collection.base_model import of_one_base_model
-    from vllm_jdlora.collection.build import _threads_for as threads_for
+    from vllm_jdlora.collection.build import threads_for
     from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
     from vllm_jdlora.jd.budget import MeasuredSlices, curves_of, frontier
     from vllm_jdlora.jd.certificate import certify_clusters

@@ -146,7 +146,7 @@ class _Run:
         self.checkpoint = output.with_name(f"{output.name}.training.safetensors")
         self._task = task_file.stem
         self._base_model = base_model
-        model, tokenizer = _load(base_model, settings.dtype)
+        model, tokenizer = load_for_training(base_model, settings.dtype)
         tasks = {name: read_task(task_file.parent, self._task, split=name) for name in ("train", "validation", "test")}
         self._items = {name: len(task.items) for name, task in tasks.items()}
         self._examples = {name: read_examples(task, tokenizer, settings.max_tokens) for name, task in tasks.items()}
@@ -279,7 +279,8 @@ class _Run:
         save_checkpoint(self.checkpoint, self._identity, self._done, self._lora, self._optimizer, self._best)
 
 
-def _load(base_model: Path, dtype: str) -> tuple[Any, Any]:
+def load_for_training(base_model: Path, dtype: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a Hugging Face folder, as backward passes are fastest on a CPU."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging

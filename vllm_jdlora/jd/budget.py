@@ -17,7 +17,7 @@ from vllm_jdlora.jd.problem import FactorSource, SliceProblem
 from vllm_jdlora.jd.search import best_assignment
 from vllm_jdlora.jd.slice_fit import METHODS
 
-RANKS = (4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
+RANKS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 _CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MARGIN = 0.1
 """Share by which an adapter's relative error over all slices may exceed its prediction from a few.

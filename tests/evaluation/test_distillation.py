@@ -1,0 +1,147 @@
+"""Distillation of Σ: against divergences computed from merged weights, and on collections as users have them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import tiny_llama, tiny_tokenizer
+from vllm_jdlora.adapter import read_adapters
+from vllm_jdlora.cli import main
+from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.build import compress
+from vllm_jdlora.evaluation.distillation import DistillationSettings, Distiller
+from vllm_jdlora.evaluation.tasks import read_task
+from vllm_jdlora.evaluation.training_data import read_examples
+
+SETTINGS = DistillationSettings(steps=15, batch=4, learning_rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model, three adapters strong enough to change its answers, their data, and a poor collection of them."""
+    root = tmp_path_factory.mktemp("distillation")
+    tiny_tokenizer.write_tokenizer(tiny_llama.write_model(root / "model"))
+    (root / "data").mkdir()
+    for i, name in enumerate("abc"):
+        tiny_llama.write_adapter(root / "adapters" / name, i, targets=["q_proj", "v_proj"])
+        lines = [
+            {"instruction": "Say", "input": f"{'xyz'[j % 3] * (1 + j % 4)}{name}", "output": "xyz"[j % 3] * 2}
+            for j in range(30)
+        ]
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    adapters, _ = read_adapters([root / "adapters"])
+    compress(adapters, root / "c", rank=4, clusters=1, dtype="fp32")
+    return root
+
+
+def merged(model_folder, delta):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    for name, (b, a) in delta.items():
+        model.get_submodule(name).weight.data += b @ a
+    return model
+
+
+def divergence(teacher, student, examples):
+    """Mean KL over answer tokens, one example at a time."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            ids = torch.tensor([example.tokens])
+            p, q = (m(input_ids=ids).logits[0, example.answer - 1 : -1].log_softmax(-1) for m in (teacher, student))
+            total += float((p.exp() * (p - q)).sum())
+            count += len(p)
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def parts(world):
+    """What the distiller gets for adapter b."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    adapter = next(a for a in read_adapters([world / "adapters"])[0] if a.name == "b")
+    original = {name: adapter.factors(name) for name in adapter.slices}
+    collection = Collection.open(world / "c")
+    sigma = dict(
+        zip([s.name for s in collection.manifest.slices], collection.sigma(collection.index_of("b")), strict=True)
+    )
+    bases = {name: tuple(side[0] for side in collection.basis(name)) for name in sigma}
+    examples = read_examples(read_task(world / "data", "b", split="train"), tokenizer, 192)
+    return model, original, bases, sigma, examples
+
+
+def test_the_divergences_reported_are_those_of_merged_weights_and_fall(world, parts):
+    model, original, bases, sigma, examples = parts
+    settings = replace(SETTINGS, examples=16, validation=8)
+    found = Distiller(model).distil(original, bases, sigma, examples, settings)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()[:24]
+    held = [examples[i] for i in order[:6]]  # a quarter at most is held out
+    teacher = merged(world / "model", original)
+    for scalings, reported in ((sigma, found.before), (found.sigma, found.after)):
+        student = merged(world / "model", {n: (bases[n][0] @ scalings[n], bases[n][1]) for n in sigma})
+        # fp32 rounding of logits of order ten, through another order of sums
+        assert reported == pytest.approx(divergence(teacher, student, held), rel=1e-3, abs=1e-6)
+    assert found.after < 0.8 * found.before
+
+
+def test_scalings_stay_where_nothing_is_gained(parts):
+    model, original, bases, sigma, examples = parts
+    found = Distiller(model).distil(original, bases, sigma, examples, replace(SETTINGS, learning_rate=1e3))
+    assert found.after == found.before
+    assert all(torch.equal(found.sigma[name], sigma[name]) for name in sigma)
+
+
+def command(world, output, *more):
+    return main(
+        ["distill", str(world / "c"), "-o", str(output), "--base-model", str(world / "model"), "--adapters",
+         str(world / "adapters"), "--data", str(world / "data"), "--steps", "6", "--dtype", "fp32", *more]
+    )  # fmt: skip
+
+
+def test_the_command_writes_a_collection_with_the_same_bases_and_honest_errors(world, tmp_path, capsys):
+    assert command(world, tmp_path / "d", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert sum(r["after"] for r in results) < sum(r["before"] for r in results)
+    old, new = Collection.open(world / "c"), Collection.open(tmp_path / "d")
+    for part in old.manifest.slices:
+        assert all(torch.equal(x, y) for x, y in zip(old.basis(part.name), new.basis(part.name), strict=True))
+    adapter = next(a for a in read_adapters([world / "adapters"])[0] if a.name == "b")
+    row, lost, energy = new.index_of("b"), 0.0, 0.0
+    for i, part in enumerate(new.manifest.slices):
+        (b, a), (u, v) = adapter.factors(part.name), new.basis(part.name)
+        delta = b.double() @ a.double()
+        lost += float((delta - u[0].double() @ new.sigma(row)[i].double() @ v[0].double()).square().sum())
+        energy += float(delta.square().sum())
+    assert new.manifest.adapters[row].relative_error == pytest.approx((lost / energy) ** 0.5, rel=1e-6)
+    assert not list(tmp_path.glob("*.distilling*"))
+
+
+def test_a_run_that_was_stopped_goes_on(world, tmp_path, monkeypatch):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert command(world, whole) == 0
+    distil, calls = Distiller.distil, []
+
+    def stopping(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return distil(self, *args)
+
+    monkeypatch.setattr(Distiller, "distil", stopping)
+    assert command(world, resumed) == 130
+    assert not resumed.exists()
+    assert command(world, resumed) == 0
+    assert len(calls) == 4  # two before the stop, the one that was stopped, and once more
+    assert Collection.open(whole).manifest.revision == Collection.open(resumed).manifest.revision
+
+
+def test_other_adapters_than_those_compressed_are_refused(world, tmp_path, capsys):
+    tiny_llama.write_adapter(tmp_path / "adapters" / "a", 7, targets=["q_proj", "v_proj"])
+    arguments = ["distill", str(world / "c"), "-o", str(tmp_path / "d"), "--base-model", str(world / "model")]
+    assert main([*arguments, "--adapters", str(tmp_path / "adapters"), "--data", str(world / "data")]) == 2
+    assert "was changed since it was compressed" in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""All Σ of a collection distilled, adapter by adapter, into a new collection with the same bases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vllm_jdlora.adapter import Adapter, read_adapters
+from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
+from vllm_jdlora.collection.rewrite import Draft, rewritten
+from vllm_jdlora.collection.schema import BASES_FILE
+from vllm_jdlora.collection.second_moments import SecondMoments
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.evaluation.distillation import DistillationSettings, Distiller
+from vllm_jdlora.evaluation.output_error import error
+from vllm_jdlora.evaluation.tasks import read_task
+from vllm_jdlora.evaluation.train import load_for_training
+from vllm_jdlora.evaluation.training_data import read_examples
+from vllm_jdlora.evaluation.variant import Update, uncompressed
+
+
+def distil_collection(
+    path: Path,
+    output: Path,
+    *,
+    base_model: Path,
+    adapters: Sequence[Path],
+    data: Path,
+    moments: Path | None = None,
+    settings: DistillationSettings | None = None,
+    dtype: str = "bf16",
+    force: bool = False,
+    show_progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Write the collection with distilled Σ; what became of each adapter: name, divergence before and after.
+
+    Finished adapters are kept beside ``output`` (``NAME.distilling.safetensors``): a run that was stopped goes on.
+
+    Raises:
+        JDLoRAError: an adapter of the collection is not among ``adapters`` or was changed, data are missing, or the
+            collection was fitted in the activation metric and ``moments`` (its calibration) is not given.
+    """
+    from tqdm import tqdm
+
+    settings = settings or DistillationSettings()
+    collection = Collection.open(path)
+    manifest = collection.manifest
+    found = {adapter.name: adapter for adapter in read_adapters(adapters)[0]}
+    originals = [_original(found, entry.name, entry.sha256) for entry in manifest.adapters]
+    weights = _moments(collection, moments)
+    model, tokenizer = load_for_training(base_model, dtype)
+    distiller = Distiller(model)
+    bases = {part.name: collection.basis(part.name) for part in manifest.slices}
+    plain = uncompressed(originals)
+    kept = output.absolute().with_name(f"{output.name}.distilling.safetensors")
+    done = _kept(kept, manifest.revision, settings)
+    stored = TORCH_DTYPES[manifest.dtype]
+    results, rows, errors, entries = [], [], [], []
+    for row, entry in enumerate(tqdm(manifest.adapters, desc="distil", unit="adapter", disable=not show_progress)):
+        sigma = collection.sigma(row).float()
+        update = plain.update(entry.name)
+        if entry.name not in done:
+            own = {s.name: tuple(side[entry.cluster].float() for side in bases[s.name]) for s in manifest.slices}
+            present = {s.name: sigma[i] for i, s in enumerate(manifest.slices) if bool(sigma[i].any())}
+            examples = read_examples(read_task(data, entry.name, split="train"), tokenizer, settings.max_tokens)
+            distilled = distiller.distil(
+                update, {n: (u, v) for n, (u, v) in own.items() if n in present}, present, examples, settings
+            )
+            after = torch.stack([distilled.sigma.get(s.name, sigma[i]) for i, s in enumerate(manifest.slices)])
+            done[entry.name] = after, distilled.before, distilled.after
+            _keep(kept, manifest.revision, settings, done)
+        after, before_kl, after_kl = done[entry.name]
+        new = after.to(stored)
+        rows.append(new)
+        results.append({"name": entry.name, "before": before_kl, "after": after_kl})
+        approximation = _update(collection, bases, entry.cluster, new.float())
+        errors.append([_slice_errors(update, approximation, manifest.slices, m) for m in (None, weights)])
+        entries.append(
+            replace(
+                entry,
+                relative_error=error(update, approximation),
+                output_error=None if weights is None else error(update, approximation, weights),
+            )
+        )
+    with rewritten(collection, output, force=force) as draft:
+        _write(draft, collection, torch.stack(rows), errors, weights is not None)
+        draft.seal(replace(manifest, adapters=tuple(entries), files=draft.files, revision=""))
+    kept.unlink(missing_ok=True)
+    return results
+
+
+def _original(found: dict[str, Adapter], name: str, sha256: str) -> Adapter:
+    if name not in found or found[name].sha256 != sha256:
+        problem = "was changed since it was compressed" if name in found else "is not among the adapters given"
+        raise JDLoRAError(f"adapter {name} {problem}: distillation needs the uncompressed adapters")
+    return found[name]
+
+
+def _moments(collection: Collection, file: Path | None) -> dict[str, Tensor] | None:
+    manifest = collection.manifest
+    if manifest.metric == "frobenius":
+        return None
+    if file is None:
+        raise JDLoRAError(f"{collection.path}: states output errors; give its calibration as --moments to renew them")
+    moments = SecondMoments.load(file)
+    moments.check_fit(manifest.slices, manifest.base_model.fingerprint)
+    if manifest.calibration is None or moments.origin.text_sha256 != manifest.calibration.text_sha256:
+        raise JDLoRAError(f"{file}: is not the calibration that {collection.path} was fitted with")
+    return {part.name: moments.of(part.name) for part in manifest.slices}
+
+
+def _update(collection: Collection, bases: dict[str, tuple[Tensor, Tensor]], cluster: int, sigma: Tensor) -> Update:
+    parts = {}
+    for i, part in enumerate(collection.manifest.slices):
+        if bool(sigma[i].any()):
+            u, v = (side[cluster].float() for side in bases[part.name])
+            parts[part.name] = (u * sigma[i] if sigma[i].ndim == 1 else u @ sigma[i], v)
+    return parts
+
+
+def _slice_errors(update: Update, approximation: Update, slices: Any, moments: dict[str, Tensor] | None) -> list[float]:
+    """Error in each slice, NaN where the adapter has nothing."""
+    out = []
+    for part in slices:
+        if part.name not in update:
+            out.append(float("nan"))
+            continue
+        one = {part.name: approximation[part.name]} if part.name in approximation else {}
+        out.append(error({part.name: update[part.name]}, one, moments))
+    return out
+
+
+def _write(draft: Draft, collection: Collection, sigma: Tensor, errors: list[list[list[float]]], both: bool) -> None:
+    draft.keep(BASES_FILE)
+    draft.all_scalings(sigma)
+    relative, output = (torch.tensor([kinds[i] for kinds in errors], dtype=torch.float32) for i in range(2))
+    draft.errors(relative, output if both else None)
+    for entry in collection.manifest.plain:
+        draft.keep_plain(entry.name)
+
+
+_Done = dict[str, tuple[Tensor, float, float]]
+
+
+def _keep(file: Path, revision: str, settings: DistillationSettings, done: _Done) -> None:
+    tensors = {name: after.contiguous() for name, (after, _, _) in done.items()}
+    facts = {"recipe": f"{revision} {settings}"}
+    facts |= {f"{key} {name}": str(done[name][i]) for name in done for i, key in ((1, "before"), (2, "after"))}
+    temporary = file.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=facts)
+    temporary.replace(file)
+
+
+def _kept(file: Path, revision: str, settings: DistillationSettings) -> _Done:
+    """Adapters that an earlier run with the same collection and settings has finished."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            facts = tensors.metadata() or {}
+        if facts.get("recipe") != f"{revision} {settings}":
+            return {}
+        found = load_file(file)
+    except (OSError, SafetensorError):
+        return {}
+    return {n: (t, float(facts[f"before {n}"]), float(facts[f"after {n}"])) for n, t in found.items()}
