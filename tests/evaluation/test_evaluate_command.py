@@ -67,6 +67,22 @@ def test_adapters_kept_plain_are_exact_and_their_bytes_count(folder, capsys):
     assert rows["partly"]["bytes_per_adapter"] > own / 4
 
 
+def test_output_errors_on_calibration_text_and_on_its_moments(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("The cat sat on the mat.\n\nSeven dogs.\n")
+    base = ["--base-model", str(folder / "model"), "--calibration", str(tmp_path / "text.txt")]
+    moments = tmp_path / "moments.safetensors"
+    assert main(["calibrate", *base, "--adapters", str(folder / "adapters"), "-o", str(moments)]) == 0
+    found = []
+    for file in (tmp_path / "text.txt", moments):
+        capsys.readouterr()
+        more = [folder / "pair", "--calibration", file, "--only", "a", "--limit", "1", "--no-answers", "--json"]
+        assert main(command(folder, *more)) == 0
+        found.append({r["variant"]: r["output_error"] for r in json.loads(capsys.readouterr().out)["summary"]})
+    assert found[0] == found[1]
+    assert found[0]["base"] == pytest.approx(1) and found[0]["uncompressed"] == 0 and 0 < found[0]["pair"] < 1
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

@@ -212,7 +212,7 @@ def _check_same_adapters(collection: Collection, adapters: Sequence[Adapter]) ->
 def _moments(file: Path, base_model: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Second moments of each slice's input; those of a text are gathered, or come from the cache."""
     from vllm_jdlora.calibration import calibration_texts, gather_cached
-    from vllm_jdlora.second_moments import SecondMoments
+    from vllm_jdlora.collection.second_moments import SecondMoments
 
     shapes = {name: part.shape for adapter in adapters for name, part in adapter.slices.items()}
     if file.suffix == ".safetensors":
