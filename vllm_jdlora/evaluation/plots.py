@@ -26,6 +26,7 @@ _STYLE: Any = {
 # Okabe-Ito: told apart by colour-blind readers too; the marker says it again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
+_FLOOR = 85
 
 
 def family_of(variant: str) -> str:
@@ -36,24 +37,30 @@ def family_of(variant: str) -> str:
 def plot_over_bytes(rows: Sequence[Row], file: Path) -> Path:
     """Error (left) and ROUGE-L relative to the uncompressed adapters (right) over the share of bytes an adapter takes.
 
-    The error is the output error where all rows have one. Without answers the right side shows token accuracy.
+    The error is the output error where all rows have one. Without answers the right side shows token accuracy. What
+    lies below 85 % is marked on the lower edge, so that the differences that matter stay visible.
     """
     shown = [row for row in rows if row.variant not in (BASE, UNCOMPRESSED)]
     with_answers = all(row.rouge_l is not None for row in shown)
     with_output = all(row.output_error is not None for row in shown)
     with _figure(file, 2) as (left, right):
-        for (name, members), look in zip(_families(shown).items(), _looks(), strict=False):
+        for i, ((name, members), look) in enumerate(zip(_families(shown).items(), _looks(), strict=False)):
             share = [row.share_of_bytes for row in members]
             errors = [row.output_error if with_output else row.relative_error for row in members]
             left.plot(share, errors, **look, label=name)
             found = [_performance(row, with_answers) for row in members]
             right.plot(share, [100 * e.mean for e in found], **look)
+            far = [x for x, e in zip(share, found, strict=True) if 100 * e.mean < _FLOOR]
+            if far:
+                # Smaller on top of larger, so that none hides another.
+                right.plot(far, [_FLOOR] * len(far), color=look["color"], marker="v", ls="", ms=max(4, 14 - 2 * i))
             low, high = [100 * e.low for e in found], [100 * e.high for e in found]
             right.fill_between(share, low, high, color=look["color"], alpha=0.12, lw=0)
-        left.set(ylabel=("output error" if with_output else "relative error") + " (mean over adapters, not squared)")
+        left.set(ylabel=("output error" if with_output else "relative error") + ", mean (not squared)")
         left.set_ylim(bottom=0)
         right.axhline(100, color="#444444", lw=1, ls="--")
-        right.set(ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of the uncompressed adapter's")
+        right.set(ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of uncompressed")
+        right.set_ylim(bottom=max(_FLOOR, right.get_ylim()[0]))
         ticks = _share_ticks([row.share_of_bytes for row in shown])
         for axis in (left, right):
             axis.set_xscale("log", base=2)
@@ -76,7 +83,7 @@ def plot_performance_over_error(records: Sequence[Record], file: Path) -> Path:
     for record in shown:
         families.setdefault(family_of(record.variant), []).append(record)
     with _figure(file, 1) as (axis,):
-        for (name, members), look in zip(families.items(), _looks(), strict=False):
+        for (name, members), look in zip(sorted(families.items()), _looks(), strict=False):
             points = []
             for record in members:
                 mine, theirs = (
@@ -89,7 +96,7 @@ def plot_performance_over_error(records: Sequence[Record], file: Path) -> Path:
         axis.axhline(100, color="#444444", lw=1, ls="--")
         axis.set(
             xlabel=("output error" if with_output else "relative error") + " of the adapter (not squared)",
-            ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of the uncompressed adapter's",
+            ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of uncompressed",
         )
         axis.set_xlim(left=0)
         if axis.collections:
@@ -103,6 +110,7 @@ def plot_convergence(objectives: Mapping[str, Sequence[float]], file: Path) -> P
         for (name, values), look in zip(objectives.items(), _looks(), strict=False):
             axis.plot(range(1, len(values) + 1), values, **{**look, "markersize": 3}, label=name)
         axis.set(xlabel="round", ylabel="energy lost (squared relative error)", yscale="log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     return file
 
@@ -145,7 +153,7 @@ def _families(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def _looks() -> Iterable[dict[str, Any]]:
     index = 0
     while True:
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
         yield {"color": colour, "marker": marker, "lw": 1.6, "markersize": 5}
         index += 1
 
