@@ -32,7 +32,11 @@ def compressed_deltas(collection: Path, name: str) -> dict[str, torch.Tensor]:
         for i, entry in enumerate(manifest["slices"]):
             u = f.get_tensor(f"{entry['name']}.U")[cluster].double()
             v = f.get_tensor(f"{entry['name']}.V")[cluster].double()
-            deltas[entry["name"]] = (u @ sigma[i] @ v).float()
+            if manifest["quantize"] != "none":
+                u = u * f.get_tensor(f"{entry['name']}.U_scale")[cluster].double()
+                v = v * f.get_tensor(f"{entry['name']}.V_scale")[cluster].double()[:, None]
+            scaling = torch.diag(sigma[i]) if manifest["method"] == "diag" else sigma[i]
+            deltas[entry["name"]] = (u @ scaling @ v).float()
     return deltas
 
 

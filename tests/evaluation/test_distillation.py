@@ -96,11 +96,17 @@ def test_scalings_stay_where_nothing_is_gained(parts):
     assert all(torch.equal(found.sigma[name], sigma[name]) for name in sigma)
 
 
+def test_adapters_that_are_close_enough_are_left_alone(parts):
+    model, original, bases, sigma, examples = parts
+    found = Distiller(model).distil(original, bases, sigma, examples, replace(SETTINGS, enough=1e3))
+    assert found.after == found.before > 0
+    assert all(torch.equal(found.sigma[name], sigma[name]) for name in sigma)
+
+
 def command(world, output, *more):
-    return main(
-        ["distill", str(world / "c"), "-o", str(output), "--base-model", str(world / "model"), "--adapters",
-         str(world / "adapters"), "--data", str(world / "data"), "--steps", "6", "--dtype", "fp32", *more]
-    )  # fmt: skip
+    arguments = ["distill", str(world / "c"), "-o", str(output), "--base-model", str(world / "model")]
+    arguments += ["--adapters", str(world / "adapters"), "--data", str(world / "data")]
+    return main([*arguments, "--steps", "6", "--dtype", "fp32", "--enough", "0", *more])
 
 
 def test_the_command_writes_a_collection_with_the_same_bases_and_honest_errors(world, tmp_path, capsys):

@@ -31,7 +31,10 @@ INTERRUPTED = [0, 8, 1]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A tiny model, a collection of five adapters in two clusters (o_proj and MLP included), two plain adapters."""
+    """A tiny model, a collection of five adapters in two clusters (o_proj and MLP included), two plain adapters.
+
+    And the same adapters in another collection: diagonal scalings, bases in 8 bits.
+    """
     root = tmp_path_factory.mktemp("tiny")
     model = tiny_llama.write_model(root / "model")
     folders = [tiny_llama.write_adapter(root / name, seed) for seed, name in enumerate(COMPRESSED)]
@@ -39,6 +42,7 @@ def served(tmp_path_factory):
     folders[3] = tiny_llama.write_adapter(root / "partial" / COMPRESSED[3], 33, targets=["q_proj", "down_proj"])
     folders[4] = tiny_llama.write_adapter(root / "wide" / COMPRESSED[4], 44, rank=7)
     collection = compress([read_adapter(f) for f in folders], root / "collection", rank=8, clusters=2, dtype="fp32")
+    compress([read_adapter(f) for f in folders], root / "small", rank=8, clusters=2, method="diag", quantize="int8")
     plain = {name: tiny_llama.write_adapter(root / name, 70 + i, rank=6) for i, name in enumerate(PLAIN)}
     return model, collection.path, plain
 
@@ -95,7 +99,9 @@ def test_one_process_with_fewer_slots_than_adapters_equals_merged_weights(served
     assert out["statistics"][0]["wrapped_modules"] == 4 * tiny_llama.LAYERS  # no lm_head, no embeddings
 
 
-def test_two_tensor_parallel_processes_equal_merged_weights(served):
-    out = run_engine(served, max_loras=2, tensor_parallel_size=2)
-    check_against_merged_weights(served, out["answers"])
+def test_two_tensor_parallel_processes_equal_merged_weights_with_diagonal_scalings_and_bases_in_8_bits(served):
+    model, collection, plain = served
+    small = model, collection.with_name("small"), plain
+    out = run_engine(small, max_loras=2, tensor_parallel_size=2)
+    check_against_merged_weights(small, out["answers"])
     assert [s["resident"] for s in out["statistics"]] == [5, 5]

@@ -79,11 +79,16 @@ def add(
         raise JDLoRAError("there are no adapters to add")
     with open_for_editing(path) as old:
         manifest = old.manifest
-        max_error = getattr(manifest, "max_error", None) if max_error is None else max_error
+        if max_error is None and manifest.metric == "frobenius":  # in another metric the limit was not this error's
+            max_error = manifest.max_error
         replaced = _taken_names(old, adapters, replace_same_name)
         check_base_model(old, adapters, base_model)
         if grow and manifest.method != "full":
             raise JDLoRAError(f"{path}: bases grow for JD-Full only, this collection is JD-{manifest.method}")
+        if grow and manifest.quantize != "none":
+            raise JDLoRAError(
+                f"{path}: bases in {manifest.quantize} do not grow: add without --grow, or compress again"
+            )
         # Bases that are kept keep their digest, which tells of damage when the collection is opened.
         require_undamaged(old, [BASES_FILE, ERRORS_FILE] if grow else [ERRORS_FILE])
         new = _projected(old, adapters, grow, max_error)
@@ -261,4 +266,7 @@ def _grown_bases(
 
 def _write_rows(draft: Draft, old: Collection, kept: Sequence[int], sigma: Tensor, errors: Tensor, wider: int) -> None:
     draft.scalings(kept, sigma, wider=wider)
-    draft.errors(torch.cat([old.slice_errors()[list(kept)], errors]))
+    output = old.slice_output_errors()
+    if output is not None:  # of arrivals they are not known: the calibration is not at hand
+        output = torch.cat([output[list(kept)], torch.full_like(errors, float("nan"))])
+    draft.errors(torch.cat([old.slice_errors()[list(kept)], errors]), output)

@@ -83,7 +83,7 @@ def refresh(
         manifest = old.manifest
         _require_refreshable(old)
         require_undamaged(old, list(manifest.files))
-        max_error = getattr(manifest, "max_error", None) if max_error is None else max_error
+        max_error = manifest.max_error if max_error is None else max_error
         at_hand = at_hand_of(old, originals)
         check_base_model(old, list(at_hand.values()), base_model)
         plain = [plain_entry(a, f"cannot be compressed: {a.plain_only}") for a in at_hand.values() if a.plain_only]
@@ -157,6 +157,10 @@ def _require_refreshable(old: Collection) -> None:
         raise JDLoRAError(
             f"{old.path}: fitted by JD-{method} in the {metric} metric; only JD-Full in the Frobenius norm is "
             "refreshed: compress the adapters again"
+        )
+    if old.manifest.quantize != "none":
+        raise JDLoRAError(
+            f"{old.path}: bases in {old.manifest.quantize} are not refreshed: compress the adapters again"
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, file_digest
 from vllm_jdlora.collection.build import adapter_entry
-from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
+from vllm_jdlora.collection.io import Collection, written_atomically
 from vllm_jdlora.collection.schema import (
     BASES_FILE,
     ERRORS_FILE,
@@ -178,7 +178,6 @@ def rewritten(old: Collection, output: Path | None, *, force: bool = False) -> I
     Raises:
         JDLoRAError: a file that goes into the new one is damaged, or the disk refuses; nothing was changed then.
     """
-    _require_editable(old)
     target = old.path if output is None else Path(output)
     with written_atomically(target, MANIFEST_FILE, force=force or output is None) as folder:
         yield Draft(folder, old, in_place=output is None)
@@ -230,11 +229,6 @@ def require_undamaged(old: Collection, names: Sequence[str]) -> None:
     for name in names:
         if file_digest(old.path / name) != old.manifest.files[name]:
             raise JDLoRAError(f"{old.path / name}: was changed after it was written; compress the adapters again")
-
-
-def _require_editable(old: Collection) -> None:
-    if old.manifest.dtype not in TORCH_DTYPES:
-        raise JDLoRAError(f"{old.path}: stored in {old.manifest.dtype}; compress the adapters again without --quantize")
 
 
 def _widened(sigma: Tensor, extra: int) -> Tensor:

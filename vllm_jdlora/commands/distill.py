@@ -26,6 +26,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--moments", type=Path, metavar="FILE", help="of jdlora calibrate, to state output errors anew")
     parser.add_argument("--steps", type=positive, default=40, metavar="N", help="of each adapter (default: 40)")
     parser.add_argument("--lr", type=float, default=0.1, help="in units of Σ's root mean square (default: 0.1)")
+    parser.add_argument(
+        "--enough", type=float, default=0.005, metavar="D", help="leave adapters of less divergence (default: 0.005)"
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the model (default: bf16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace NEW if it exists")
@@ -41,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
         from vllm_jdlora.evaluation.distillation import DistillationSettings
     except ImportError as error:
         raise JDLoRAError(f"distillation needs {error.name}: pip install 'vllm-jdlora[evaluate]'") from None
-    settings = DistillationSettings(steps=args.steps, learning_rate=args.lr, seed=args.seed)
+    settings = DistillationSettings(steps=args.steps, learning_rate=args.lr, enough=args.enough, seed=args.seed)
     results = distil_collection(
         args.collection,
         args.output,

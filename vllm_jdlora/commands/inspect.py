@@ -37,16 +37,19 @@ def summary(collection: Collection) -> dict[str, Any]:
     original = 2 * sum(a.parameters for a in manifest.adapters)
     size = collection.size_in_bytes()
     width = 4 if manifest.dtype == "fp32" else 2
+    numbers = manifest.rank if manifest.method == "diag" else manifest.rank**2
+    outputs = [a.output_error for a in manifest.adapters if a.output_error is not None]
     return {
         **{k: v for k, v in asdict(manifest).items() if k not in ("slices", "files")},
         "slices": len(manifest.slices),
         "bytes": {
             "collection": size,
             "adapters_in_bf16": original,
-            "one_scaling": len(manifest.slices) * manifest.rank**2 * width,
+            "one_scaling": len(manifest.slices) * numbers * width,
         },
         "compression_ratio": original / size,
         "relative_error": {"mean": sum(errors) / len(errors), "max": max(errors)},
+        "output_error": {"mean": sum(outputs) / len(outputs), "max": max(outputs)} if outputs else None,
     }
 
 
@@ -67,18 +70,32 @@ def print_report(collection: Collection, as_json: bool) -> None:
         Text(printable(str(collection.path)), "bold"),
         printable(f" base model {facts['base_model']['name'] or 'unknown'}, revision {facts['revision']}"),
     )
+    bases = facts["dtype"] if facts["quantize"] == "none" else f"bases in {facts['quantize']}, Σ in {facts['dtype']}"
     show(
-        f"{len(facts['adapters'])} compressed adapters: rank {facts['rank']}, {facts['clusters']} clusters, "
-        f"{facts['slices']} slices, {facts['dtype']}; {readable_bytes(size['collection'])} for "
+        f"{len(facts['adapters'])} compressed adapters: JD-{facts['method'].capitalize()}, rank {facts['rank']}, "
+        f"{facts['clusters']} clusters, {facts['slices']} slices, {bases}; {readable_bytes(size['collection'])} for "
         f"{readable_bytes(size['adapters_in_bf16'])} of adapters, {facts['compression_ratio']:.1f} times smaller at a "
         f"relative error of {error['mean']:.3f} (mean), {error['max']:.3f} (max); "
         f"{readable_bytes(size['one_scaling'])} for each further adapter"
     )
-    table = Table("adapter", "cluster", "relative error", "ρ", box=None)
+    if facts["output_error"]:
+        output, text = facts["output_error"], facts["calibration"]
+        seen = f", on {text['tokens']} tokens of calibration text (sha256 {text['text_sha256'][:12]}…)" if text else ""
+        show(f"output error {output['mean']:.3f} (mean), {output['max']:.3f} (max){seen}")
+    if facts["error_floor"] is not None:
+        show(
+            f"certificate: for these clusters no bases of rank {facts['rank']} have a root mean square "
+            f"{'output' if facts['output_error'] else 'relative'} error below {facts['error_floor']:.3f}; these reach "
+            f"{facts['error_reached']:.3f} (over adapters and the slices certified)"
+        )
+    columns = ["adapter", "cluster", "relative error", *(["output error"] if facts["output_error"] else []), "ρ"]
+    table = Table(*columns, box=None)
     for entry in sorted(facts["adapters"], key=lambda a: (a["cluster"], a["name"])):
-        table.add_row(Text(entry["name"]), str(entry["cluster"]), f"{entry['relative_error']:.3f}", str(entry["rank"]))
+        errors = [entry["relative_error"], *([entry["output_error"]] if facts["output_error"] else [])]
+        shown = ["" if e is None else f"{e:.3f}" for e in errors]
+        table.add_row(Text(entry["name"]), str(entry["cluster"]), *shown, str(entry["rank"]))
     for entry in facts["plain"]:
-        table.add_row(Text(entry["name"]), "plain", "0", str(entry["rank"]))
+        table.add_row(Text(entry["name"]), "plain", *["0"] * (len(columns) - 3), str(entry["rank"]))
     console.print(table)
     for entry in facts["plain"]:
         show(printable(f"plain: {entry['name']}: {entry['reason']}"))

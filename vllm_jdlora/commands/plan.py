@@ -179,13 +179,12 @@ def _of_collection(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_jdlora.jd.budget import Sizes
 
     manifest = Collection.open(args.paths[0], verify=False).manifest
-    width = _WIDTH[manifest.dtype]
     sizes = Sizes(
         slices=tuple((part.d_out, part.d_in) for part in manifest.slices),
         plain=tuple(_PLAIN_WIDTH * a.parameters for a in manifest.adapters),
-        basis_width=width if manifest.quantize == "none" else 1,
-        sigma_width=width,
+        basis_width=_WIDTH[manifest.dtype] if manifest.quantize == "none" else 1,
         scale_width=0 if manifest.quantize == "none" else 4,
+        sigma_width=_WIDTH[manifest.dtype],
         diagonal=manifest.method == "diag",
         always_plain=sum(_PLAIN_WIDTH * p.parameters for p in manifest.plain),
     )

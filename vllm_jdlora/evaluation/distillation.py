@@ -25,7 +25,10 @@ _BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """Steps of Adam with a cosine schedule; the learning rate is in units of each slice's root mean square of Σ."""
+    """Steps of Adam with a cosine schedule; the learning rate is in units of each slice's root mean square of Σ.
+
+    enough: adapters whose divergence (nats a token) is no more than this are left as they are.
+    """
 
     steps: int = 40
     batch: int = 8
@@ -33,6 +36,7 @@ class DistillationSettings:
     validation: int = 32
     learning_rate: float = 0.1
     max_tokens: int = 192
+    enough: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +114,8 @@ class Distiller:
         tests = [make_batch(held[i : i + size]) for i in range(0, len(held), size)]
         answers = [self._log_probabilities(batch, teacher) for batch in tests]
         before = self._mean_divergence(tests, answers, student())
+        if before <= settings.enough:
+            return Distilled(dict(sigma), before, before)
         optimizer = torch.optim.Adam(moves.values(), lr=settings.learning_rate, betas=_BETAS)
         for step, batch in enumerate(_batches(used, settings)):
             for group in optimizer.param_groups:
