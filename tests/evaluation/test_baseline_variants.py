@@ -107,6 +107,22 @@ def test_the_svd_is_that_of_each_adapter_and_its_bytes_are_those_of_its_factors(
     assert variant.bytes == 2 * counted
 
 
+def test_an_svd_in_8_bits_has_more_directions_in_the_same_bytes_and_counts_their_scales(
+    adapters: list[Adapter],
+) -> None:
+    budget = uncompressed_bytes(adapters) // 2
+    wide, eight = (baseline(name, adapters, budget, progress=False) for name in ("svd", "svd-int8"))
+    values = directions = 0
+    for adapter in adapters:
+        for part, (b, a) in eight.update(adapter.name).items():
+            values += b.numel() + a.numel()
+            directions += a.shape[0]
+            assert a.shape[0] > wide.update(adapter.name)[part][1].shape[0]
+            steps = b / (b.abs().amax(0) / 127)
+            assert float((steps - steps.round()).abs().max()) < 0.5  # bf16 moves large steps by up to half of one
+    assert values + 8 * directions <= eight.bytes <= budget
+
+
 def test_bytes_shared_by_adapters_count_once(adapters: list[Adapter]) -> None:
     variant = baseline("average", adapters, 10 * uncompressed_bytes(adapters), progress=False)
     # The mean of six adapters of rank 4 has rank 24, far from where dense is cheaper.

@@ -11,6 +11,9 @@ from vllm_jdlora.adapter import read_adapters
 from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
+from vllm_jdlora.collection.schema import BaseModel
+from vllm_jdlora.collection.second_moments import Origin, SecondMoments
+from vllm_jdlora.evaluation.distil_collection import on_own_activations
 from vllm_jdlora.evaluation.distillation import DistillationSettings, Distiller
 from vllm_jdlora.evaluation.tasks import read_task
 from vllm_jdlora.evaluation.training_data import read_examples
@@ -101,6 +104,24 @@ def test_adapters_that_are_close_enough_are_left_alone(parts):
     found = Distiller(model).distil(original, bases, sigma, examples, replace(SETTINGS, enough=1e3))
     assert found.after == found.before > 0
     assert all(torch.equal(found.sigma[name], sigma[name]) for name in sigma)
+
+
+def test_scalings_refitted_on_own_activations_have_the_least_output_error_on_them(parts):
+    _, original, bases, sigma, _ = parts
+    name = next(iter(sigma))
+    (u, v), (b, a) = bases[name], original[name]
+    x = torch.randn(500, v.shape[1], generator=torch.Generator().manual_seed(1)).double()
+    x = x * torch.logspace(0, -1, v.shape[1])
+    moment = x.T @ x / 500
+    origin = Origin(BaseModel("tiny"), "0" * 64, texts=1, tokens=500, max_tokens=500, dtype="fp32")
+    own = SecondMoments(origin, {name: name}, {name: moment.float()})
+    found = on_own_activations({name: (b, a)}, {name: (u, v)}, own, "full")[name].double()
+    # Least squares over the entries of Σ, with the metric's ridge as further inputs.
+    ridge = (1e-3 * moment.diagonal().mean()).sqrt() * torch.eye(v.shape[1]).double()
+    inputs = torch.cat([x / 500**0.5, ridge])
+    seen = inputs @ v.double().T
+    best = torch.linalg.lstsq(seen, inputs @ a.double().T @ b.double().T @ u.double()).solution.T
+    assert torch.allclose(found, best, atol=1e-4 * float(best.abs().max()))  # u is orthonormal to fp32 rounding
 
 
 def command(world, output, *more):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from vllm_jdlora.adapter import Adapter
+from vllm_jdlora.collection.quantize import cast_of
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.adapter_slices import AdapterSlices, SliceSize
 from vllm_jdlora.evaluation.share_packages import lorashare_variant, vlora_variant
@@ -47,7 +50,8 @@ def baseline(
     is the paper's: one cluster up to 100 adapters, above it rank 16 and as many clusters as fit;
     "jd-published-clusters" takes rank 16 and clusters at any number. "random-clusters" picks the number of clusters
     that loses least on four slices. "average" and "ties" are cut by SVD to fit. second_moments: slice name → C
-    [d_in, d_in], for "svd-activation" alone. seed: draws of random starts and labels. progress: a bar on stderr.
+    [d_in, d_in], for "svd-activation" and "svd-activation-int8". seed: draws of random starts and labels. progress:
+    a bar on stderr.
     Raises JDLoRAError for another name, a budget too small for rank 1, missing second moments or a missing package.
     """
     if name in _PACKAGES:
@@ -136,18 +140,40 @@ def _svd(size: SliceSize, rank: int) -> int:
     return sum(min(rank, rho) for rho in size.ranks) * size.sides
 
 
-def _svd_fit(job: _Job) -> Fit:
-    rank = job.rank(_svd)
+def _svd_fit(job: _Job, numbers: Callable[[SliceSize, int], int] = _svd) -> Fit:
+    rank = job.rank(numbers)
     return lambda index, factors: svd_each(factors, rank)
 
 
-def _svd_activation_fit(job: _Job) -> Fit:
-    rank = job.rank(_svd)
+def _svd_activation_fit(job: _Job, numbers: Callable[[SliceSize, int], int] = _svd) -> Fit:
+    rank = job.rank(numbers)
     moments = job.second_moments or {}
     missing = [part for part in job.slices.names if part not in moments]
     if missing:
         raise JDLoRAError(f"{job.name}: no second moment of the input of {missing[0]}; gather them on calibration text")
     return lambda index, factors: svd_each(factors, rank, second_moment=moments[job.slices.names[index]])
+
+
+def _in_8_bits(of: Callable[[_Job, Callable[[SliceSize, int], int]], Fit]) -> Callable[[_Job], Fit]:
+    """An SVD of each adapter in int8: half a number (of 2 bytes) for each value, 4 bytes for each direction's scale."""
+
+    def method(job: _Job) -> Fit:
+        plain = of(job, lambda size, rank: math.ceil(_svd(size, rank) / 2 + 4 * _directions(size, rank)))
+
+        def fit(index: int, factors: list[Factors | None]) -> BaselineFit:
+            found = plain(index, factors)
+            cast = cast_of("int8", torch.bfloat16)
+            eight = [None if f is None else Factors(cast(f.b.T).T, cast(f.a)) for f in found.factors]
+            directions = sum(f.a.shape[0] for f in eight if f is not None)
+            return BaselineFit(eight, math.ceil(found.numbers / 2 + 4 * directions))
+
+        return fit
+
+    return method
+
+
+def _directions(size: SliceSize, rank: int) -> int:
+    return sum(min(rank, rho) for rho in size.ranks)
 
 
 def _diag_fit(job: _Job) -> Fit:
@@ -244,6 +270,8 @@ def _watched(steps: Sequence[T] | enumerate[T], total: int, title: str, progress
 _METHODS: dict[str, Callable[[_Job], Fit]] = {
     "svd": _svd_fit,
     "svd-activation": _svd_activation_fit,
+    "svd-int8": _in_8_bits(_svd_fit),
+    "svd-activation-int8": _in_8_bits(_svd_activation_fit),
     "jd-diag": _diag_fit,
     "jd-published": _published_fit,
     "jd-published-clusters": _published_clusters_fit,

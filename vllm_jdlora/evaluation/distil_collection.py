@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import Adapter, read_adapters
+from vllm_jdlora.calibration import adapter_moments
+from vllm_jdlora.calibration_text import of_task
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
 from vllm_jdlora.collection.rewrite import Draft, rewritten
 from vllm_jdlora.collection.schema import BASES_FILE
@@ -23,6 +25,13 @@ from vllm_jdlora.evaluation.tasks import read_task
 from vllm_jdlora.evaluation.train import load_for_training
 from vllm_jdlora.evaluation.training_data import read_examples
 from vllm_jdlora.evaluation.variant import Update, uncompressed
+from vllm_jdlora.jd.metric import InputMetric
+from vllm_jdlora.jd.problem import Factors, SliceProblem
+from vllm_jdlora.jd.slice_fit import METHODS
+
+# Examples of an adapter whose activations Σ is refitted on.
+_TEXTS = 48
+_DIVERGENCES = ("before", "after", "refitted")
 
 
 def distil_collection(
@@ -38,7 +47,8 @@ def distil_collection(
     force: bool = False,
     show_progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Write the collection with distilled Σ; what became of each adapter: name, divergence before and after.
+    """Write the collection with distilled Σ; of each adapter its name and divergences: before, of Σ refitted in
+    closed form on its own activations, after.
 
     Finished adapters are kept beside ``output`` (``NAME.distilling.safetensors``): a run that was stopped goes on.
 
@@ -61,6 +71,8 @@ def distil_collection(
     kept = output.absolute().with_name(f"{output.name}.distilling.safetensors")
     done = _kept(kept, manifest.revision, settings)
     stored = TORCH_DTYPES[manifest.dtype]
+    pending = [a for a in originals if a.name not in done]
+    activations = adapter_moments(base_model, ((a, _own_texts(data, a.name)) for a in pending))
     results, rows, errors, entries = [], [], [], []
     for row, entry in enumerate(tqdm(manifest.adapters, desc="distil", unit="adapter", disable=not show_progress)):
         sigma = collection.sigma(row).float()
@@ -69,16 +81,16 @@ def distil_collection(
             own = {s.name: tuple(side[entry.cluster].float() for side in bases[s.name]) for s in manifest.slices}
             present = {s.name: sigma[i] for i, s in enumerate(manifest.slices) if bool(sigma[i].any())}
             examples = read_examples(read_task(data, entry.name, split="train"), tokenizer, settings.max_tokens)
-            distilled = distiller.distil(
-                update, {n: (u, v) for n, (u, v) in own.items() if n in present}, present, examples, settings
-            )
+            used = {n: (u, v) for n, (u, v) in own.items() if n in present}
+            candidate = on_own_activations(update, used, next(activations)[1], manifest.method)
+            distilled = distiller.distil(update, used, present, examples, settings, candidate)
             after = torch.stack([distilled.sigma.get(s.name, sigma[i]) for i, s in enumerate(manifest.slices)])
-            done[entry.name] = after, distilled.before, distilled.after
+            done[entry.name] = after, distilled.before, distilled.after, distilled.refitted or distilled.before
             _keep(kept, manifest.revision, settings, done)
-        after, before_kl, after_kl = done[entry.name]
+        after, before_kl, after_kl, refitted = done[entry.name]
         new = after.to(stored)
         rows.append(new)
-        results.append({"name": entry.name, "before": before_kl, "after": after_kl})
+        results.append({"name": entry.name, "before": before_kl, "refitted": refitted, "after": after_kl})
         approximation = _update(collection, bases, entry.cluster, new.float())
         errors.append([_slice_errors(update, approximation, manifest.slices, m) for m in (None, weights)])
         entries.append(
@@ -93,6 +105,27 @@ def distil_collection(
         draft.seal(replace(manifest, adapters=tuple(entries), files=draft.files, revision=""))
     kept.unlink(missing_ok=True)
     return results
+
+
+def on_own_activations(
+    update: Update, bases: Mapping[str, tuple[Tensor, Tensor]], moments: SecondMoments, method: str
+) -> dict[str, Tensor]:
+    """Σ of least output error on the adapter's own activations: (UᵀU)⁻¹Uᵀ ΔW C_i Vᵀ (V C_i Vᵀ)⁻¹ for each slice.
+
+    The bases were fitted to all adapters' inputs (or none); Σ costs nothing to fit to one adapter's own.
+    """
+    refit = METHODS[method].refit
+    found = {}
+    for name, (u, v) in bases.items():
+        metric = InputMetric.of(moments.of(name), name)
+        problem = metric.applied_to(SliceProblem.from_factors([Factors(*update[name])], name))
+        found[name] = refit(problem, u, metric.whitened(v.double()))[0][0].float()
+    return found
+
+
+def _own_texts(data: Path, name: str) -> list[str]:
+    items = read_task(data, name, split="train", limit=_TEXTS).items
+    return [of_task(item.instruction, item.input, item.output, chat=True) for item in items]
 
 
 def _original(found: dict[str, Adapter], name: str, sha256: str) -> Adapter:
@@ -145,13 +178,14 @@ def _write(draft: Draft, collection: Collection, sigma: Tensor, errors: list[lis
         draft.keep_plain(entry.name)
 
 
-_Done = dict[str, tuple[Tensor, float, float]]
+_Done = dict[str, tuple[Tensor, float, float, float]]
+"""Adapter → Σ, divergences before and after, and of Σ refitted on own activations."""
 
 
 def _keep(file: Path, revision: str, settings: DistillationSettings, done: _Done) -> None:
-    tensors = {name: after.contiguous() for name, (after, _, _) in done.items()}
+    tensors = {name: after.contiguous() for name, (after, *_) in done.items()}
     facts = {"recipe": f"{revision} {settings}"}
-    facts |= {f"{key} {name}": str(done[name][i]) for name in done for i, key in ((1, "before"), (2, "after"))}
+    facts |= {f"{key} {name}": str(done[name][i]) for name in done for i, key in enumerate(_DIVERGENCES, 1)}
     temporary = file.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=facts)
     temporary.replace(file)
@@ -169,4 +203,5 @@ def _kept(file: Path, revision: str, settings: DistillationSettings) -> _Done:
         found = load_file(file)
     except (OSError, SafetensorError):
         return {}
-    return {n: (t, float(facts[f"before {n}"]), float(facts[f"after {n}"])) for n, t in found.items()}
+    before, after, refitted = ({n: float(facts[f"{key} {n}"]) for n in found} for key in _DIVERGENCES)
+    return {n: (t, before[n], after[n], refitted[n]) for n, t in found.items()}

@@ -48,12 +48,13 @@ class DistillationSettings:
 class Distilled:
     """`sigma` for each slice, and the divergence (nats a token) on held-out examples before and after.
 
-    Where it did not fall, `sigma` is what it was.
+    refitted: that of the candidate Σ, where one was given. Where nothing made it fall, `sigma` is what it was.
     """
 
     sigma: dict[str, Tensor]
     before: float
     after: float
+    refitted: float | None = None
 
 
 class Distiller:
@@ -71,11 +72,13 @@ class Distiller:
         sigma: Mapping[str, Tensor],
         examples: Sequence[Example],
         settings: DistillationSettings,
+        candidate: Mapping[str, Tensor] | None = None,
     ) -> Distilled:
         """Train Σ of one adapter.
 
         adapter: its uncompressed factors. bases: slice → (U [d_out, R], V [R, d_in]); sigma: slice → [R, R], or [R]
         (JD-Diag), fp32. examples: the adapter's own (training data); those beyond `settings.examples` are not used.
+        candidate: another Σ to start from where it diverges less.
         Raises JDLoRAError for slices that the model lacks, and where the examples are too few to hold some out.
         """
         draw = torch.Generator().manual_seed(settings.seed)
@@ -87,7 +90,7 @@ class Distiller:
         held, used = chosen[:held_out], chosen[held_out:]
         handles = self._hook([*adapter, *sigma])
         try:
-            return self._trained(adapter, bases, sigma, held, used, settings)
+            return self._trained(adapter, bases, sigma, held, used, settings, candidate)
         finally:
             for handle in handles:
                 handle.remove()
@@ -100,34 +103,47 @@ class Distiller:
         held: Sequence[Example],
         used: Sequence[Example],
         settings: DistillationSettings,
+        candidate: Mapping[str, Tensor] | None,
     ) -> Distilled:
         place = next(self._model.parameters())
         teacher = {name: (b.to(place), a.to(place)) for name, (b, a) in adapter.items()}
         cast = {name: (u.to(place), v.to(place)) for name, (u, v) in bases.items()}
-        scale = {name: float(s.square().mean().sqrt()) for name, s in sigma.items()}
-        moves = {name: torch.zeros_like(s, requires_grad=True) for name, s in sigma.items()}
-
-        def student() -> dict[str, tuple[Tensor, ...]]:
-            return {name: (cast[name][0], sigma[name] + scale[name] * moves[name], cast[name][1]) for name in sigma}
-
         size = settings.batch
         tests = [make_batch(held[i : i + size]) for i in range(0, len(held), size)]
         answers = [self._log_probabilities(batch, teacher) for batch in tests]
-        before = self._mean_divergence(tests, answers, student())
-        if before <= settings.enough:
-            return Distilled(dict(sigma), before, before)
+
+        def student(scalings: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+            return {name: (cast[name][0], scalings[name], cast[name][1]) for name in scalings}
+
+        best = dict(sigma)
+        before = least = self._mean_divergence(tests, answers, student(best))
+        refitted = None
+        if candidate is not None:
+            refitted = self._mean_divergence(tests, answers, student(candidate))
+            if refitted < least:
+                best, least = dict(candidate), refitted
+        if least <= settings.enough:
+            return Distilled(best, before, least, refitted)
+        scale = {name: float(s.square().mean().sqrt()) for name, s in best.items()}
+        moves = {name: torch.zeros_like(s, requires_grad=True) for name, s in best.items()}
+        start = best
+
+        def moved() -> dict[str, Tensor]:
+            return {name: start[name] + scale[name] * moves[name] for name in start}
+
         optimizer = torch.optim.Adam(moves.values(), lr=settings.learning_rate, betas=_BETAS)
         for step, batch in enumerate(_batches(used, settings)):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
-            loss = _divergence(self._log_probabilities(batch, teacher), self._run(batch, student()))
+            loss = _divergence(self._log_probabilities(batch, teacher), self._run(batch, student(moved())))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        after = self._mean_divergence(tests, answers, student())
-        if not after < before:
-            return Distilled(dict(sigma), before, before)
-        return Distilled({name: (s + scale[name] * moves[name]).detach() for name, s in sigma.items()}, before, after)
+        trained = {name: s.detach() for name, s in moved().items()}
+        after = self._mean_divergence(tests, answers, student(trained))
+        return (
+            Distilled(trained, before, after, refitted) if after < least else Distilled(best, before, least, refitted)
+        )
 
     @torch.no_grad()
     def _log_probabilities(self, batch: Batch, active: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
