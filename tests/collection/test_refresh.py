@@ -201,5 +201,6 @@ def test_a_dry_run_tells_and_writes_nothing(world, tmp_path):
     # The estimate holds, and stand-ins for the originals tell nearly the same.
     done = refresh(world / "c", read(world / "adapters") + read(world / "new"), tmp_path / "n")
     blind = expected_drift(world / "c", read(world / "new"))
-    assert found.after_rebuild == pytest.approx(done.error_after, rel=0.1)
-    assert blind is not None and blind.after_rebuild == pytest.approx(done.error_after, rel=0.1)
+    # It keeps the old clusters, where the refresh may find better ones: never much below what comes out.
+    for estimate in (found, blind):
+        assert estimate is not None and 0.95 * done.error_after < estimate.after_rebuild < 1.25 * done.error_after

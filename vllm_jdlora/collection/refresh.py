@@ -34,6 +34,7 @@ from vllm_jdlora.jd.alternation import Clustering, reassign, refit
 from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.problem import SliceProblem, squared_error, squared_norm
 from vllm_jdlora.jd.projection import refit_sigma
+from vllm_jdlora.jd.search import best_assignment
 
 Progress = Callable[[str, int, int], None]
 # The assignment settles on a few slices spread over the model; then each slice is read and fitted once.
@@ -142,6 +143,10 @@ def expected_drift(path: Path, originals: Sequence[Adapter], *, base_model: str 
     return drift(old, arrivals, project(old, arrivals), originals=own)
 
 
+# The search for clusters from nothing, and by how much it must lower the error to be worth other clusters.
+_EFFORT, _CLEARLY = 0.3, 0.01
+
+
 @dataclass(frozen=True, eq=False)
 class _Fit:
     bases: list[tuple[Tensor, Tensor]]  # (U [K, d_out, R], V [K, R, d_in]) for each slice, stored dtype
@@ -195,7 +200,12 @@ def _settled(
         if not state.changed:
             break
     report("assign", _ROUNDS, _ROUNDS)
-    return state.cluster
+    if k == 1 or accepted is None:
+        return state.cluster
+    # Alternation stays near the old clusters; newcomers may call for others.
+    searched = best_assignment(problems, len(members), old.manifest.rank, k, old.manifest.seed, _quiet, effort=_EFFORT)
+    other = refit(problems, Clustering.unfitted(searched, k), old.manifest.rank, _PROBE_SWEEPS, _quiet)
+    return searched if other.objective[-1] < (1 - _CLEARLY) * accepted.objective[-1] else state.cluster
 
 
 def _fitted(
