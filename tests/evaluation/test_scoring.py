@@ -186,6 +186,16 @@ def test_a_model_that_scales_its_logits_is_refused(folder, stock):
         SwitchableModel(scaled, AutoTokenizer.from_pretrained(folder / "model"))
 
 
+def test_bf16_is_close_to_fp32(folder, model, updates, texts):
+    half = SwitchableModel.load(folder / "model", dtype="bf16")
+    assert half.fingerprint != model.fingerprint
+    for each in (half, model):
+        each.apply(updates["one"])
+    rough, exact = score(half, *texts, answers=False), score(model, *texts, answers=False)
+    # bf16 keeps 8 bits: two layers leave about 1 % in logits of size 5.
+    assert [s.loss for s in rough] == pytest.approx([s.loss for s in exact], abs=0.2)
+
+
 def test_a_tokenizer_without_chat_markup_is_refused(folder, tmp_path):
     from tests.tiny_tokenizer import write_tokenizer
 
