@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import reference, tiny_llama
-from vllm_jdlora.adapter import read_adapters
+from vllm_jdlora.adapter import read_adapter, read_adapters
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.quantize import dequantized, quantized
@@ -124,3 +124,19 @@ def test_moments_of_another_model_are_refused(adapters, moments, tmp_path):
     few = SecondMoments(moments.origin, dict(list(moments.inputs.items())[:1]), moments.matrices)
     with pytest.raises(JDLoRAError, match="no second moment"):
         compress(adapters, tmp_path / "c", rank=4, clusters=1, moments=few)
+
+
+def test_an_adapter_alone_in_its_cluster_stays_plain_where_bases_save_nothing(tmp_path):
+    """Three of one family and one of another: with rank 4 in two clusters the odd one's bases would be itself."""
+    family = [tiny_llama.write_adapter(tmp_path / f"a{i}", 0, targets=["q_proj"]) for i in range(3)]
+    odd = tiny_llama.write_adapter(tmp_path / "odd", 5, targets=["q_proj"])
+    made = compress([read_adapter(f) for f in (*family, odd)], tmp_path / "c", rank=4, clusters=2)
+    assert [p.name for p in made.manifest.plain] == ["odd"]
+    assert "alone in its cluster" in made.manifest.plain[0].reason
+    assert made.manifest.clusters == 1
+    assert {entry.cluster for entry in made.manifest.adapters} == {0}
+    assert Collection.open(made.path, verify=True).basis(made.manifest.slices[0].name)[0].shape[0] == 1
+    for adapter, entry in zip([read_adapter(f) for f in family], made.manifest.adapters, strict=True):
+        assert entry.relative_error == pytest.approx(dense(made, adapter), abs=1e-3)
+    half = compress([read_adapter(f) for f in (*family, odd)], tmp_path / "half", rank=2, clusters=2)
+    assert half.manifest.plain == ()  # rank 2 takes half the adapter's bytes

@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape
+from vllm_jdlora.collection.activation import calibration_of, metric_of
 from vllm_jdlora.collection.base_model import of_one_base_model
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
 from vllm_jdlora.collection.quantize import cast_of
@@ -23,7 +23,6 @@ from vllm_jdlora.collection.schema import (
     MANIFEST_FILE,
     QUANTIZATIONS,
     AdapterEntry,
-    Calibration,
     CollectionManifest,
     PlainEntry,
     SkippedEntry,
@@ -36,8 +35,8 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.budget import Choice, choose_for_bytes, choose_for_error, curves_of
 from vllm_jdlora.jd.certificate import certify_clusters
 from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection, probe_positions
-from vllm_jdlora.jd.metric import InputMetric
-from vllm_jdlora.jd.passes import MetricOf, Slices
+from vllm_jdlora.jd.passes import Slices
+from vllm_jdlora.jd.search import single_member_clusters
 from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceRecipe
 from vllm_jdlora.peft_config import CONFIG_FILE
 
@@ -126,19 +125,18 @@ def compress(
     slices = common_slices(fitted)
     if moments is not None:
         moments.check_fit(slices, base.fingerprint)
-    metric_of = None if moments is None else _metric_of(moments, slices)
+    metrics = None if moments is None else metric_of(moments, slices)
     with threads_for(fitted, slices):
+        sizes = sizes_of(
+            fitted,
+            slices,
+            dtype_width=TORCH_DTYPES[dtype].itemsize,
+            quantize=quantize,
+            diagonal=method == "diag",
+            always_plain=sum(2 * a.parameters for a, _, _ in plain),
+        )
         if rank is None and clusters is None and (max_error is not None or max_bytes is not None):
-            others = sum(2 * a.parameters for a, _, _ in plain)
-            sizes = sizes_of(
-                fitted,
-                slices,
-                dtype_width=TORCH_DTYPES[dtype].itemsize,
-                quantize=quantize,
-                diagonal=method == "diag",
-                always_plain=others,
-            )
-            curves = curves_of(AdapterSource(fitted, slices), metric_of=metric_of, seed=seed, progress=report)
+            curves = curves_of(AdapterSource(fitted, slices), metric_of=metrics, seed=seed, progress=report)
             limit = None if max_bytes is None else max_bytes(sizes.uncompressed)
             choice = _within_budgets(
                 choose_for_bytes(curves, sizes, limit)
@@ -179,7 +177,7 @@ def compress(
                     clusters=clusters,
                     seed=seed,
                     effort=effort,
-                    metric_of=metric_of,
+                    metric_of=metrics,
                     store=work,
                     progress=report,
                 )
@@ -193,26 +191,32 @@ def compress(
                 else _relative(fit.output_error, fit.output_norm)
             )
             judged, kind = (relative, "relative") if output_error is None else (output_error, "output")
-            kept = [i for i in range(len(fitted)) if max_error is None or judged[i] <= max_error]
-            for i in sorted(set(range(len(fitted))) - set(kept)):
-                reason = f"{kind} error {judged[i]:.3f} is above {max_error:g}"
-                plain.append((fitted[i], reason, float(relative[i])))
+            alone = _alone(fit.cluster, clusters, fitted, sizes.bases(1, rank) + sizes.scaling(rank))
+            kept = []
+            for i, adapter in enumerate(fitted):
+                if max_error is not None and judged[i] > max_error:
+                    reason = f"{kind} error {judged[i]:.3f} is above {max_error:g}"
+                    plain.append((adapter, reason, float(relative[i])))
+                elif i in alone:
+                    reason = f"alone in its cluster: bases of rank {rank} take as many bytes as the adapter itself"
+                    plain.append((adapter, reason, float(relative[i])))
+                else:
+                    kept.append(i)
             if not kept:
                 raise JDLoRAError(
                     f"every adapter has {'an' if kind == 'output' else 'a'} {kind} error above {max_error:g} (the "
                     f"best {judged.min():.3f}): give more rank or clusters, or allow more error"
                 )
-            floor, reached = (
-                _certified(Slices(source, metric_of), fit, rank, seed) if method == "full" else (None, None)
-            )
-            files = write_tensors(folder, slices, fit, kept, quantize, report)
+            floor, reached = _certified(Slices(source, metrics), fit, rank, seed) if method == "full" else (None, None)
+            used = fit.cluster[kept].unique()  # bases of a cluster without members are not stored
+            files = write_tensors(folder, slices, fit, kept, used, quantize, report)
             for adapter, _, _ in plain:
                 _copy_plain(adapter, folder / "plain" / adapter.name)
             manifest = CollectionManifest(
                 base_model=base,
                 method=method,
                 rank=rank,
-                clusters=clusters,
+                clusters=len(used),
                 metric="frobenius" if moments is None else "activation",
                 dtype=dtype,
                 seed=seed,
@@ -220,7 +224,7 @@ def compress(
                 adapters=tuple(
                     adapter_entry(
                         fitted[i],
-                        int(fit.cluster[i]),
+                        int(torch.searchsorted(used, fit.cluster[i])),
                         float(relative[i]),
                         None if output_error is None else float(output_error[i]),
                     )
@@ -232,7 +236,7 @@ def compress(
                 ),
                 skipped=tuple(SkippedEntry(name, reason) for name, reason in skipped),
                 files=files,
-                calibration=None if moments is None else _calibration(moments),
+                calibration=None if moments is None else calibration_of(moments),
                 quantize=quantize,
                 max_error=max_error,
                 error_floor=floor,
@@ -251,21 +255,11 @@ def _within_budgets(choice: Choice, limit: int | None) -> Choice:
     return choice
 
 
-def _metric_of(moments: SecondMoments, slices: Sequence[SliceShape]) -> MetricOf:
-    """Metrics by slice; slices of one input (q, k, v) follow each other and share the factorisation."""
-
-    @lru_cache(maxsize=2)
-    def factored(key: str, name: str) -> InputMetric:
-        return InputMetric.of(moments.matrices[key], name)
-
-    first = {moments.inputs[part.name]: part.name for part in reversed(slices)}
-    keys = [moments.inputs[part.name] for part in slices]
-    return lambda index: factored(keys[index], first[keys[index]])
-
-
-def _calibration(moments: SecondMoments) -> Calibration:
-    origin = moments.origin
-    return Calibration(origin.text_sha256, origin.texts, origin.tokens)
+def _alone(cluster: torch.Tensor, clusters: int, adapters: Sequence[Adapter], basis_bytes: int) -> set[int]:
+    """Positions of adapters that are the only one of their cluster and take no more bytes than its bases and Σ."""
+    positions = (cluster == torch.tensor(single_member_clusters(cluster, clusters))[:, None]).any(0).nonzero()[:, 0]
+    found = {i for i in positions.tolist() if 2 * adapters[i].parameters <= basis_bytes}
+    return found if len(found) < len(adapters) else set()
 
 
 def _relative(squared_error: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:

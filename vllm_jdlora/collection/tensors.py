@@ -23,21 +23,22 @@ def write_tensors(
     slices: Sequence[SliceShape],
     fit: CollectionFit,
     kept: Sequence[int],
+    used: Tensor,
     quantize: str,
     report: Callable[[str, int, int], None],
 ) -> dict[str, str]:
-    """Bases, scalings and errors of the adapters `kept` (positions in the fit); file → SHA-256."""
+    """Bases of the clusters `used`, Σ and errors of the adapters `kept` (positions in the fit); file → SHA-256."""
     first = fit.slice(0)
     total = len(slices) + len(kept)
     files = {}
 
     def bases() -> Iterator[Tensor]:
         for index in range(len(slices)):
-            yield from _stored(fit.slice(index).u, fit.slice(index).v, quantize)
+            yield from _stored(fit.slice(index).u[used], fit.slice(index).v[used], quantize)
             report("write", index + 1, total)
 
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    clusters, rank = len(first.u), first.u.shape[2]
+    clusters, rank = len(used), first.u.shape[2]
     dtype = STORED.get(quantize, first.u.dtype)
     for part in slices:
         layout[f"{part.name}.U"] = (dtype, (clusters, part.d_out, rank))

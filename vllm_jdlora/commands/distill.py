@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--moments", type=Path, metavar="FILE", help="of jdlora calibrate, to state output errors anew")
     parser.add_argument("--steps", type=positive, default=40, metavar="N", help="of each adapter (default: 40)")
-    parser.add_argument("--lr", type=float, default=0.1, help="in units of Σ's root mean square (default: 0.1)")
+    parser.add_argument("--lr", type=float, default=0.02, help="in units of Σ's root mean square (default: 0.02)")
     parser.add_argument(
         "--enough", type=float, default=0.005, metavar="D", help="leave adapters of less divergence (default: 0.005)"
     )

@@ -34,7 +34,7 @@ class DistillationSettings:
     batch: int = 8
     examples: int = 160
     validation: int = 32
-    learning_rate: float = 0.1
+    learning_rate: float = 0.02
     max_tokens: int = 192
     enough: float = 0.0
     seed: int = 0
