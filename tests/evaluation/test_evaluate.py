@@ -130,6 +130,19 @@ def test_loss_alone_decodes_nothing(evaluation, adapters):
     assert [r.loss for r in records] == [r.loss for r in full]
 
 
+def test_two_runs_over_different_adapters_share_one_file(evaluation, adapters, folder, model):
+    other = RecordFile(evaluation.results.path)
+    halves = [
+        Evaluation(model, adapters, {name: evaluation.tasks[name]}, results, max_new_tokens=LIMIT)
+        for name, results in (("one", evaluation.results), ("two", other))
+    ]
+    for _ in zip(*(half.run([]) for half in halves), strict=True):
+        pass
+    assert sorted((r.variant, r.adapter) for r in read_records(evaluation.results.path)) == [
+        (variant, name) for variant in ("base", "uncompressed") for name in ("one", "two")
+    ]
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     file = tmp_path / "r.jsonl"
     file.write_text('{"key": 1}\n')

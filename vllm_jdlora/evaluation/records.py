@@ -81,8 +81,9 @@ class RecordFile:
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(record)) + "\n")
+                # One write: processes that measure different adapters may share the file.
+                with open(self.path, "ab", buffering=0) as file:
+                    file.write((json.dumps(asdict(record)) + "\n").encode())
             except OSError as error:
                 raise JDLoRAError(f"{self.path}: cannot be written ({error.strerror})") from error
 
