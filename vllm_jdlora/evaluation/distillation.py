@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.evaluation.scored_logits import scored_logits
 from vllm_jdlora.evaluation.training_data import Batch, Example, epoch_order, make_batch
 from vllm_jdlora.evaluation.variant import Update
 
@@ -161,25 +162,8 @@ class Distiller:
 
     def _run(self, batch: Batch, active: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
         """Log-probabilities [scored positions, vocabulary] fp32."""
-        from transformers import DynamicCache
-
         self._active = active
-        cache = DynamicCache()
-        rows, length = batch.ids.shape
-        shared = batch.prefix.shape[1]
-        decoder = self._model.base_model
-        if shared:
-            decoder(input_ids=batch.prefix, past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(rows)
-        hidden = decoder(
-            input_ids=batch.ids,
-            attention_mask=torch.cat([batch.mask.new_ones(rows, shared), batch.mask], dim=1),
-            position_ids=torch.arange(shared, shared + length).expand(rows, -1),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits: Tensor = self._model.get_output_embeddings()(hidden[batch.scored])
-        return logits.float().log_softmax(-1)
+        return scored_logits(self._model, batch).log_softmax(-1)
 
     def _hook(self, names: Sequence[str]) -> list[Any]:
         for name in names:

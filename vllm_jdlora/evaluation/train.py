@@ -21,6 +21,7 @@ from torch import Tensor
 from vllm_jdlora.adapter import WEIGHTS_FILE, file_digest
 from vllm_jdlora.collection.io import written_atomically
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.evaluation.scored_logits import scored_logits
 from vllm_jdlora.evaluation.tasks import read_task
 from vllm_jdlora.evaluation.training_data import Batch, Example, epoch_order, in_order, make_batch, read_examples
 from vllm_jdlora.evaluation.training_state import Progress, load_checkpoint, save_checkpoint
@@ -113,26 +114,9 @@ def train(
 def answer_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the answers' tokens, and how many were the most likely ones.
 
-    model: a Hugging Face causal language model. The batch's common prefix is run once and its keys and values are
-    repeated, through which gradients flow back: the same loss as of whole sequences.
+    model: a Hugging Face causal language model. The same loss as of whole sequences.
     """
-    from transformers import DynamicCache
-
-    decoder = model.base_model
-    cache = DynamicCache()
-    rows, length = batch.ids.shape
-    shared = batch.prefix.shape[1]
-    if shared:
-        decoder(input_ids=batch.prefix, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(rows)
-    hidden = decoder(
-        input_ids=batch.ids,
-        attention_mask=torch.cat([batch.mask.new_ones(rows, shared), batch.mask], dim=1),
-        position_ids=torch.arange(shared, shared + length).expand(rows, -1),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[batch.scored]).float()
+    logits = scored_logits(model, batch)
     return torch.nn.functional.cross_entropy(logits, batch.labels), (logits.argmax(-1) == batch.labels).sum()
 
 
