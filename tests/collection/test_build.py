@@ -11,9 +11,10 @@ from tests import reference, tiny_llama
 from vllm_jdlora.adapter import read_adapter, read_adapters
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.base_model import of_one_base_model
-from vllm_jdlora.collection.build import compress, paper_choice
+from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.export import export_adapter
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.jd.paper_preset import paper_rule
 
 DEMO = Path(__file__).parents[2] / "demo" / "adapters"
 
@@ -183,7 +184,7 @@ def test_more_clusters_than_adapters_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_the_papers_choice():
-    assert [paper_choice(n) for n in (4, 8, 64, 100, 128, 200, 1024)] == [
+    assert [paper_rule(n) for n in (4, 8, 64, 100, 128, 200, 1024)] == [
         (16, 1),
         (16, 1),
         (40, 1),

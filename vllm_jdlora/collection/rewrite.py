@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, file_digest
-from vllm_jdlora.collection.build import adapter_entry
 from vllm_jdlora.collection.io import Collection, written_atomically
+from vllm_jdlora.collection.job import adapter_entry
 from vllm_jdlora.collection.schema import (
     BASES_FILE,
     ERRORS_FILE,

@@ -12,9 +12,21 @@ from vllm_jdlora.jd.problem import SliceProblem
 from vllm_jdlora.jd.search import best_assignment
 
 _RANK = 16
+_UNCLUSTERED = 100
 _CLUSTERS = (1, 2, 4, 7, 8, 10, 16, 25)
 _ERROR = 0.6
 _SWEEPS = 4
+
+
+def paper_rule(n: int) -> tuple[int, int]:
+    """(rank, clusters) as in the paper (arXiv 2407.00066, §6.5) for n adapters.
+
+    Up to 100 adapters one cluster of rank n/2 + 7; here rounded up to a multiple of 8, at least 16 and at most 64.
+    Above, rank 16 and 7, 10 or 25 clusters for up to 128, 256 and more adapters.
+    """
+    if n <= _UNCLUSTERED:
+        return min(64, max(16, 8 * math.ceil((n / 2 + 7) / 8))), 1
+    return 16, 7 if n <= 128 else 10 if n <= 256 else 25
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,8 @@ def paper_preset(
     authors' code reports, is under 0.6 on the middle module; 25 if none is. Fitted as this package fits, which loses
     a little less than the authors' random start.
     """
-    if n <= 100:
-        return PaperChoice(min(64, max(16, 8 * math.ceil((n / 2 + 7) / 8))), 1)
+    if n <= _UNCLUSTERED:
+        return PaperChoice(*paper_rule(n))
     middle = [slices[len(slices) // 2]]
     if len(middle[0]) == 0:
         raise JDLoRAError("no adapter has anything in the middle module: give rank and clusters")
