@@ -25,7 +25,7 @@ SCALINGS = "scalings-00000.safetensors"
 def untouched(tmp_path_factory):
     root = tmp_path_factory.mktemp("untouched")
     adapters = [read_adapter(tiny_llama.write_adapter(root / f"a{i}", i, targets=["q_proj"])) for i in range(3)]
-    return compress(adapters, root / "c", rank=4, clusters=2).path
+    return compress(adapters, root / "c", rank=3, clusters=2).path
 
 
 @pytest.fixture
