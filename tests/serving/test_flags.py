@@ -19,7 +19,7 @@ def files(tmp_path_factory):
     folders = [tiny_llama.write_adapter(root / "adapters" / f"a{i}", i, targets=["q_proj", "v_proj"]) for i in range(3)]
     plain = tiny_llama.write_adapter(root / "plain", 9, targets=["o_proj"])
     model = tiny_llama.write_model(root / "model")
-    collection = compress([read_adapter(f) for f in folders], root / "collection", rank=8, clusters=2, dtype="fp32")
+    collection = compress([read_adapter(f) for f in folders], root / "collection", rank=8, clusters=1, dtype="fp32")
     return {"root": root, "plain": plain, "model": model, "collection": collection.path, "dir": root / "adapters"}
 
 
