@@ -151,7 +151,7 @@ def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path
         store.open(output)
         fit = clustering.fit_collection(source, recipe, clusters=clusters, store=store, progress=show)
         with clock.phase("write"):
-            write_tensors(output, shapes, fit, range(n), "none", show)
+            write_tensors(output, shapes, fit, range(n), torch.arange(clusters), "none", show)
     relative = (fit.squared_error.sum(1) / fit.squared_norm.sum(1)).sqrt()
     seconds, cpu = (
         {name: round(value, 2) for name, value in each.items()} for each in (clock.seconds, clock.cpu_seconds)
