@@ -61,8 +61,8 @@ def test_lifted_bases_without_an_inverse_equal_the_inverse_route():
         )
         for f in adapters()
     ]  # nearly in one subspace, so that the iteration converges to rounding
-    problem, metric, _, fit = fitted(factors, moment(), 5, 1e-3)
-    lifted = metric.lifted(problem, fit.u, fit.v)
+    problem, metric, whitened, fit = fitted(factors, moment(), 5, 1e-3)
+    lifted = metric.lifted(problem, whitened, fit.u, fit.v)
     inverse = torch.linalg.solve_triangular(metric.root, fit.v.double(), upper=False, left=False)
     # The half-sweep moves the bases by the last sweep's change, which the stopping test bounds.
     assert torch.allclose(lifted.double(), inverse, atol=1e-3 * float(inverse.abs().max()))
@@ -72,7 +72,7 @@ def test_lifted_bases_without_an_inverse_equal_the_inverse_route():
 def test_the_weighted_optimum_loses_less_output_energy_than_plain_bases_even_with_their_best_sigma():
     factors, c = adapters(n=8), moment()
     problem, metric, whitened, fit = fitted(factors, c, 6, 1e-9)
-    v = metric.lifted(problem, fit.u, fit.v)
+    v = metric.lifted(problem, whitened, fit.u, fit.v)
     weighted, _ = refit_sigma(whitened, fit.u, metric.whitened(v))
     plain = fit_full(problem, 6, max_sweeps=200)
     refitted, squared = refit_sigma(whitened, plain.u, metric.whitened(plain.v))
@@ -94,7 +94,7 @@ def test_a_second_moment_of_low_rank_does_no_harm():
     factors = adapters()
     c = moment(tokens=12)
     problem, metric, whitened, fit = fitted(factors, c, 5, 1e-6)
-    v = metric.lifted(problem, fit.u, fit.v)
+    v = metric.lifted(problem, whitened, fit.u, fit.v)
     sigma, _ = refit_sigma(whitened, fit.u, metric.whitened(v))
     expected = 1 - fit.captured[-1] / len(factors)
     assert lost(factors, fit.u, v, sigma, c) == pytest.approx(expected, abs=1e-4)
@@ -102,10 +102,10 @@ def test_a_second_moment_of_low_rank_does_no_harm():
 
 def test_isotropic_inputs_give_plain_joint_diagonalisation():
     factors = adapters()
-    problem, metric, _, fit = fitted(factors, 7.0 * torch.eye(40), 5, 1e-3)
+    problem, metric, whitened, fit = fitted(factors, 7.0 * torch.eye(40), 5, 1e-3)
     plain = fit_full(problem, 5, max_sweeps=200)
     assert fit.captured[-1] == pytest.approx(plain.captured[-1], rel=1e-6)
-    lifted = metric.lifted(problem, fit.u, fit.v).double()
+    lifted = metric.lifted(problem, whitened, fit.u, fit.v).double()
     lifted = lifted / lifted.norm(dim=1, keepdim=True)
     assert torch.allclose(lifted, plain.v.double(), atol=1e-2)
 
@@ -113,7 +113,7 @@ def test_isotropic_inputs_give_plain_joint_diagonalisation():
 def test_padding_beyond_the_effective_rank_stays_zero():
     factors = adapters(n=1, rho=2)
     problem, metric, whitened, fit = fitted(factors, moment(), 5, 1e-3)
-    v = metric.lifted(problem, fit.u, fit.v)
+    v = metric.lifted(problem, whitened, fit.u, fit.v)
     assert not v[2:].any()
     _, squared = refit_sigma(whitened, fit.u, metric.whitened(v))
     assert float(squared[0] / whitened.squared_norms[0]) < 1e-10  # rank 2 in two columns: nothing is lost

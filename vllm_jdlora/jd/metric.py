@@ -55,14 +55,13 @@ class InputMetric:
         norms = whitened.stacked_squared_norms().clamp_min(torch.finfo(torch.float64).tiny)
         return replace(whitened, weights=1 / norms)
 
-    def lifted(self, problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
-        """V [R, d_in] with V L = v for bases u [d_out, R], v [R, d_in] fitted to `self.applied_to(problem)`.
+    def lifted(self, problem: SliceProblem, whitened: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
+        """V [R, d_in] with V L = v for bases u [d_out, R], v [R, d_in] fitted to `whitened`, problem in this metric.
 
         Inversion-free, so a C without full rank does no harm: v lies in the span of the rows A_i L, and one more
         half-sweep gives the combination of rows of A_i (COALA, arXiv 2507.07580, does the same for one matrix).
         In the gauge of `fit_full` the half-sweep maps each direction to its energy times itself.
         """
-        whitened = self.applied_to(problem)
         z, t = whitened.times(u.to(whitened.bt.dtype), v.to(whitened.a.dtype).T)
         columns = (problem.a.T @ whitened.through_own(z, t)).double()  # [d_in, R]
         reached = self.root.T @ columns

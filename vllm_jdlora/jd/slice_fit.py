@@ -25,8 +25,8 @@ class Metric(Protocol):
     def applied_to(self, problem: SliceProblem) -> SliceProblem:
         """The same adapters in whitened coordinates, each of unit norm in this metric."""
 
-    def lifted(self, problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
-        """V [R, d_in] for bases u, v that were fitted to `applied_to(problem)`."""
+    def lifted(self, problem: SliceProblem, whitened: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
+        """V [R, d_in] for bases u, v that were fitted to `whitened`, what `applied_to` made of the problem."""
 
     def whitened(self, v: Tensor) -> Tensor:
         """Rows v [..., d_in] in whitened coordinates."""
@@ -155,7 +155,7 @@ def fit_slice(
         u, v = method.fit(own, recipe.rank, start, recipe.max_sweeps)
         fitted_u[row], fitted_v[row] = u, v
         cast_u = recipe.cast(u.float().T).T.contiguous()
-        cast_v = recipe.cast((v if metric is None else metric.lifted(plain, u, v)).float())
+        cast_v = recipe.cast((v if metric is None else metric.lifted(plain, own, u, v)).float())
         seen_v = cast_v if metric is None else metric.whitened(cast_v.double())
         stored = method.refit(own, cast_u, seen_v)[0].to(recipe.sigma_dtype)
         finite = stored.isfinite().flatten(1).all(1)
