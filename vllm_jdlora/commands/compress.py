@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_jdlora.commands.byte_budget import byte_budget
 from vllm_jdlora.commands.inspect import print_report
+from vllm_jdlora.commands.moments_argument import moments_from
 from vllm_jdlora.commands.terminal import positive, progress_bars
 from vllm_jdlora.errors import JDLoRAError
 
@@ -134,23 +135,10 @@ def _moments(args: argparse.Namespace, adapters: list[Adapter], show: Any) -> Se
     """Second moments of the inputs for the activation metric, gathered unless a file of them is given."""
     if args.metric == "frobenius":
         return None
-    from vllm_jdlora.collection.second_moments import SecondMoments
     from vllm_jdlora.collection.source import common_slices
 
-    if args.calibration is not None and args.calibration.suffix == ".safetensors":
-        return SecondMoments.load(args.calibration)
-    if args.base_model is None or not Path(args.base_model).is_dir():
-        raise JDLoRAError(
-            "--metric activation runs the base model on calibration text: give its folder as --base-model, or moments "
-            "from jdlora calibrate as --calibration"
-        )
-    try:
-        from vllm_jdlora.calibration import calibration_texts, gather_cached
-    except ImportError as error:
-        raise JDLoRAError(f"--metric activation needs {error.name}: install vllm-jdlora[evaluate]") from None
-    texts = calibration_texts(Path(args.base_model), args.calibration)
     slices = common_slices([a for a in adapters if not a.plain_only])
-    return gather_cached(Path(args.base_model), texts, slices, progress=show)
+    return moments_from(args.calibration, args.base_model, slices, show, asked_by=f"--metric {args.metric}")
 
 
 def _clusters(text: str) -> int | None:
