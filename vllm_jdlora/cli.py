@@ -21,7 +21,9 @@ from vllm_jdlora.commands import (
     plan,
     refresh,
     remove,
+    study,
     train,
+    truncate,
     validate,
 )
 from vllm_jdlora.commands.terminal import printable
@@ -41,7 +43,9 @@ _COMMANDS = (
     distill,
     import_lora_xs,
     evaluate,
+    study,
     train,
+    truncate,
     demo,
 )
 """Modules that each add one command. They import torch inside the command: `jdlora --help` answers at once."""

@@ -64,7 +64,7 @@ def test_performance_over_error_has_a_point_for_each_adapter(records, tmp_path, 
 
 def test_convergence_is_one_curve_a_name(tmp_path, drawn):
     plots.plot_convergence({"start": [0.5, 0.2, 0.1], "warm": [0.11]}, tmp_path / "c.svg")
-    assert curves(drawn[0]) == {"start": [[1, 0.5], [2, 0.2], [3, 0.1]], "warm": [[1, 0.11]]}
+    assert curves(drawn[0]) == {"start": [[0, 0.5], [1, 0.2], [2, 0.1]], "warm": [[0, 0.11]]}
 
 
 def test_a_plot_that_fails_leaves_no_file(tmp_path):

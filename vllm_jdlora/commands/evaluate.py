@@ -7,12 +7,12 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_jdlora.commands.evaluation_arguments import add_arguments, baseline_names, check_packages, share
 from vllm_jdlora.commands.evaluation_report import print_evaluation
-from vllm_jdlora.commands.terminal import positive, progress_bars
+from vllm_jdlora.commands.terminal import progress_bars
 from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
@@ -32,13 +32,8 @@ _OWN_TEXT = Path("-")
 def add_to(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="loss, accuracy and answers of compressed adapters on held-out data")
     parser.add_argument("collections", nargs="*", type=Path, metavar="COLLECTION")
-    parser.add_argument("--base-model", type=Path, required=True, metavar="M", help="Hugging Face folder")
-    parser.add_argument("--adapters", nargs="+", type=Path, required=True, metavar="DIR", help="uncompressed")
-    parser.add_argument("--tasks", type=Path, required=True, metavar="DIR", help="NAME.jsonl for each adapter NAME")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these adapters only")
-    parser.add_argument("--limit", type=positive, metavar="N", help="first N test items of each task (default: all)")
+    add_arguments(parser)
     parser.add_argument("--no-answers", action="store_true", help="loss and token accuracy only; no greedy answers")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="of an answer (default: 64)")
     parser.add_argument(
         "--baselines",
         nargs="+",
@@ -48,7 +43,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--budget",
         nargs="+",
-        type=_share,
+        type=share,
         default=[],
         metavar="SHARE",
         help="further bytes to run the baselines at, as a share of the uncompressed adapters', such as 1/8",
@@ -62,10 +57,6 @@ def add_to(commands: Any) -> None:
         help="report output errors too; FILE: text (.txt, .jsonl) or moments from jdlora calibrate (.safetensors)",
     )
     parser.add_argument("--leakage", action="store_true", help="also: does A, compressed with B, gain on B's task?")
-    parser.add_argument(
-        "--leakage-pairs", type=positive, metavar="N", help="at most N pairs of each kind (default: all of one cluster)"
-    )
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model (default: fp32)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines to append to, and to go on from")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write bytes.svg and error.svg there")
     parser.add_argument("--json", action="store_true", help="the summary as JSON on stdout")
@@ -73,21 +64,17 @@ def add_to(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
-        import rouge_score  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise JDLoRAError(f"evaluation needs more packages ({error}): pip install 'vllm-jdlora[evaluate]'") from None
+    check_packages()
     from vllm_jdlora.adapter import read_adapters
     from vllm_jdlora.collection import Collection
-    from vllm_jdlora.evaluation.evaluate import Evaluation, read_tasks
+    from vllm_jdlora.evaluation.evaluate import Evaluation, chosen, read_tasks
     from vllm_jdlora.evaluation.model import SwitchableModel
     from vllm_jdlora.evaluation.records import RecordFile
     from vllm_jdlora.evaluation.summary import summarise
     from vllm_jdlora.evaluation.variant import of_collection, uncompressed
 
     adapters, _ = read_adapters(args.adapters)
-    measured = _only(adapters, args.only)
+    measured = chosen(adapters, args.only)
     tasks = read_tasks(args.tasks, measured, args.limit)
     collections = [Collection.open(path) for path in args.collections]
     for collection in collections:
@@ -95,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     variants = [of_collection(c, name) for c, name in zip(collections, _names(args.collections), strict=True)]
     moments = _moments(args.calibration, args.base_model, adapters) if args.calibration else None
     budgets = {variant.name: variant.bytes for variant in variants}
-    budgets |= {str(share): int(share * uncompressed(adapters).bytes) for share in args.budget}
+    budgets |= {str(part): int(part * uncompressed(adapters).bytes) for part in args.budget}
     names = _baseline_names(args.baselines or (), budgets)
     results = RecordFile(args.output)
     evaluation = Evaluation(
@@ -126,24 +113,10 @@ def _run(args: argparse.Namespace) -> int:
 def _leakage(
     evaluation: Evaluation, collection: Collection, variant: Variant, count: int | None
 ) -> dict[str, Distribution]:
-    from vllm_jdlora.evaluation.leakage import changes, distribution, pairs_of
+    from vllm_jdlora.evaluation.leakage import by_kind, changes, pairs_of
 
     pairs = pairs_of(collection, list(evaluation.tasks), count=count)
-    found = list(_progress(changes(evaluation, variant, pairs), len(pairs), "leakage"))
-    kinds = {
-        "one cluster": [change for change in found if change.pair.together],
-        "other clusters": [change for change in found if not change.pair.together],
-    }
-    return {kind: distribution(members) for kind, members in kinds.items() if members}
-
-
-def _only(adapters: Sequence[Adapter], names: Sequence[str] | None) -> list[Adapter]:
-    if names is None:
-        return list(adapters)
-    unknown = sorted(set(names) - {adapter.name for adapter in adapters})
-    if unknown:
-        raise JDLoRAError(f"--only: no adapter named {unknown[0]!r}")
-    return [adapter for adapter in adapters if adapter.name in names]
+    return by_kind(list(_progress(changes(evaluation, variant, pairs), len(pairs), "leakage")))
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -157,16 +130,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _baseline_names(asked: Sequence[str], budgets: Mapping[str, int]) -> list[str]:
-    if not asked:
-        return []
-    from vllm_jdlora.evaluation.baseline_variants import BASELINES
-
-    unknown = sorted(set(asked) - {"all", *BASELINES})
-    if unknown:
-        raise JDLoRAError(f"no baseline named {unknown[0]!r}: choose from {', '.join(BASELINES)}, or all")
-    if not budgets:
+    names = baseline_names(asked) if asked else []
+    if names and not budgets:
         raise JDLoRAError("baselines are compared at equal bytes: name a collection, or a --budget such as 1/8")
-    return list(BASELINES if "all" in asked else dict.fromkeys(asked))
+    return names
 
 
 def _fitted(
@@ -188,13 +155,6 @@ def _plot(rows: Sequence[Row], records: Sequence[Record], folder: Path) -> None:
     plot_performance_over_error(records, folder / "error.svg")
 
 
-def _share(text: str) -> Fraction:
-    share = Fraction(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError("must be a share above 0 and up to 1, such as 1/8")
-    return share
-
-
 def _check_same_adapters(collection: Collection, adapters: Sequence[Adapter]) -> None:
     """A collection is compared with the very adapters it was made of."""
     known = {entry.name: entry.sha256 for entry in collection.manifest.adapters}
@@ -211,18 +171,12 @@ def _check_same_adapters(collection: Collection, adapters: Sequence[Adapter]) ->
 
 def _moments(file: Path, base_model: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Second moments of each slice's input; those of a text are gathered, or come from the cache."""
-    from vllm_jdlora.calibration import calibration_texts, gather_cached
-    from vllm_jdlora.collection.second_moments import SecondMoments
+    from vllm_jdlora.evaluation.calibrated import moments_from, slices_of_all
 
-    shapes = {name: part.shape for adapter in adapters for name, part in adapter.slices.items()}
-    if file.suffix == ".safetensors":
-        moments = SecondMoments.load(file)
-    else:
-        texts = calibration_texts(base_model, None if file == _OWN_TEXT else file)
-        with progress_bars() as show:
-            moments = gather_cached(base_model, texts, list(shapes.values()), progress=show)
-    moments.check_fit(list(shapes.values()))
-    return {name: moments.of(name) for name in shapes}
+    slices = slices_of_all(adapters)
+    with progress_bars() as show:
+        moments = moments_from(None if file == _OWN_TEXT else file, base_model, slices, progress=show)
+    return {part.name: moments.of(part.name) for part in slices}
 
 
 def _progress(steps: Iterable[Any], total: int, title: str) -> Iterator[Any]:

@@ -1,10 +1,10 @@
-"""What `jdlora evaluate` prints: a row for each variant, the worst adapters, the leakage study."""
+"""What an evaluation prints: a row for each variant, the worst adapters, the leakage study."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from vllm_jdlora.commands.terminal import printable, readable_bytes
 
@@ -14,11 +14,35 @@ if TYPE_CHECKING:
 
 
 def print_evaluation(rows: Sequence[Row], leaks: dict[str, dict[str, Distribution]]) -> None:
+    """A table, the worst adapters, and leakage by the name of its collection."""
+    print_rows(rows)
+    for name, kinds in leaks.items():
+        print_leakage(name, {kind: asdict(changes) for kind, changes in kinds.items()})
+
+
+def print_leakage(name: str, kinds: Mapping[str, Mapping[str, Any]]) -> None:
+    """kinds: the fields of `Distribution` by the kind of pairs."""
+    if not kinds:
+        show(f"leakage, {name}: no two of these adapters share a cluster")
+    for kind, found in kinds.items():
+        show(
+            f"leakage, {name}, pairs of {kind}: {found['pairs']} pairs, loss on the other's task changes by "
+            f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}], improved in {found['improved']:.0%}"
+        )
+
+
+def show(text: str) -> None:
+    """A line of text that the terminal wraps itself."""
     from rich.console import Console
+
+    Console().print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table of variants, and the worst adapter of each."""
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
     table = Table(box=None)
     for heading in ("variant", "bytes each", "rel. error", "out. error", "loss", "loss change", "tokens right"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "variant" else "right")
@@ -45,24 +69,20 @@ def print_evaluation(rows: Sequence[Row], leaks: dict[str, dict[str, Distributio
                 _number(row.agreement),
             ]
         table.add_row(*map(Text, cells))
-    # Cut-off numbers would say nothing: a narrow terminal wraps the lines itself.
-    Console(width=max(console.width, 200), soft_wrap=True).print(table)
-    show = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    print_table(table)
     show("means over adapters, [95 % bootstrap interval over adapters and items]; errors are not squared;")
     show("relative: metric / metric of the uncompressed adapter, worst: of one adapter")
     for row in rows:
         if row.relative_rouge_l and row.variant not in ("base", "uncompressed"):
             worst = row.relative_rouge_l
-            show(printable(f"{row.variant}: worst ROUGE-L {worst.worst:.3f} of uncompressed: {worst.worst_adapter}"))
-    for name, kinds in leaks.items():
-        if not kinds:
-            show(f"leakage, {printable(name)}: no two of these adapters share a cluster")
-        for kind, changes in kinds.items():
-            line = (
-                f"leakage, {printable(name)}, pairs of {kind}: {changes.pairs} pairs, loss on the other's task changes "
-                f"by {changes.mean:+.4f} [{changes.low:+.4f}, {changes.high:+.4f}], improved in {changes.improved:.0%}"
-            )
-            show(line)
+            show(f"{row.variant}: worst ROUGE-L {worst.worst:.3f} of uncompressed: {worst.worst_adapter}")
+
+
+def print_table(table: Any) -> None:
+    """Cut-off numbers would say nothing: a narrow terminal wraps the lines itself."""
+    from rich.console import Console
+
+    Console(width=max(Console().width, 200), soft_wrap=True).print(table)
 
 
 def _estimate(found: Estimate, form: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -91,6 +92,18 @@ class Evaluation:
         self.results.add(record)
         return record
 
+    def adopt(self, scored: Record, variant: Variant) -> Record:
+        """What `measure` gives, from scores of the very same ΔW that were taken beside other originals.
+
+        Errors and agreement are found anew; nothing goes through the model but what these originals themselves lack.
+        """
+        adapter, task, answers = scored.adapter, scored.task, bool(scored.answers)
+        update, original = variant.update(adapter), self._originals.update(adapter)
+        key = self._key(update, original, task, answers)
+        if self.results.find(key) is None:
+            self._fresh[key] = replace(scored, key=key, **self._errors(update, original))
+        return self.measure(variant, adapter, task, answers=answers)
+
     def _scored(self, variant: Variant, adapter: str, task: str, answers: bool) -> Record:
         """The scores alone: names and agreement are filled in by the caller."""
         update, original = variant.update(adapter), self._originals.update(adapter)
@@ -123,8 +136,7 @@ class Evaluation:
             task=task,
             bytes=0,
             adapters=1,
-            relative_error=error(original, update),
-            output_error=None if self.moments is None else error(original, update, self.moments),
+            **self._errors(update, original),
             loss=sum(s.loss * s.tokens for s in scores) / tokens,
             token_accuracy=sum(s.correct for s in scores) / tokens,
             exact_match=_mean(exact),
@@ -139,6 +151,10 @@ class Evaluation:
             agrees=[],
             answers=texts,
         )
+
+    def _errors(self, update: Update, original: Update) -> dict[str, Any]:
+        output = None if self.moments is None else error(original, update, self.moments)
+        return {"relative_error": error(original, update), "output_error": output}
 
     def _tokens(self, task: str) -> tuple[list[list[int]], list[list[int]]]:
         if task not in self._prompts:
@@ -163,6 +179,14 @@ class Evaluation:
 def base() -> Variant:
     """The base model without any adapter."""
     return Variant(BASE, 0, lambda name: {})
+
+
+def chosen(adapters: Sequence[Adapter], names: Sequence[str] | None) -> list[Adapter]:
+    """Those to measure: all of them without names. Raises JDLoRAError for a name that is none of theirs."""
+    unknown = sorted(set(names or ()) - {adapter.name for adapter in adapters})
+    if unknown:
+        raise JDLoRAError(f"--only: no adapter named {unknown[0]!r}")
+    return [adapter for adapter in adapters if names is None or adapter.name in names]
 
 
 def read_tasks(folder: Path, adapters: Sequence[Adapter], limit: int | None = None) -> dict[str, Task]:

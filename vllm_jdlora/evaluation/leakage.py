@@ -76,6 +76,15 @@ def changes(evaluation: Evaluation, variant: Variant, pairs: Sequence[Pair]) -> 
         yield Change(pair, before, after)
 
 
+def by_kind(found: Sequence[Change]) -> dict[str, Distribution]:
+    """Of the pairs of one cluster and of those of different ones, where there are any."""
+    kinds = {
+        "one cluster": [change for change in found if change.pair.together],
+        "other clusters": [change for change in found if not change.pair.together],
+    }
+    return {kind: distribution(members) for kind, members in kinds.items() if members}
+
+
 def distribution(found: Sequence[Change], *, resamples: int = 2000, seed: int = 0) -> Distribution:
     """Of at least one change."""
     values = np.array([change.loss for change in found])

@@ -63,7 +63,7 @@ class SwitchableModel:
         finally:
             if bars:
                 logging.enable_progress_bar()
-        return cls(model, tokenizer, _fingerprint(path, dtype))
+        return cls(model, tokenizer, fingerprint_of(path, dtype))
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +162,7 @@ class SwitchableModel:
             raise JDLoRAError("this architecture is not one whose logits the evaluation can compute (Llama's is)")
 
 
-def _fingerprint(path: Path, dtype: str) -> str:
+def fingerprint_of(path: Path, dtype: str) -> str:
     """Digest of the dtype and of what the folder holds: config, tokenizer, weights."""
     digest = hashlib.sha256(dtype.encode())
     for file in sorted(path.glob("*")):

@@ -1,9 +1,11 @@
-"""Plots of an evaluation: error and relative performance over bytes, performance over error, convergence."""
+"""Plots of an evaluation: error and performance over bytes, performance over error, clusters, convergence."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,19 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "svg.hashsalt": "jdlora",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial"],
     "figure.constrained_layout.use": True,
 }
 # Okabe-Ito: told apart by colour-blind readers too; the marker says it again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
 _FLOOR = 85
+# Errors that differ by more than this factor are drawn on a logarithmic scale; more curves have a legend outside.
+_WIDE, _MANY = 10, 8
+# Curves of so many points have no markers.
+_DENSE = 20
 
 
 def family_of(variant: str) -> str:
@@ -37,14 +46,16 @@ def family_of(variant: str) -> str:
 def plot_over_bytes(rows: Sequence[Row], file: Path) -> Path:
     """Error (left) and ROUGE-L relative to the uncompressed adapters (right) over the share of bytes an adapter takes.
 
-    The error is the output error where all rows have one. Without answers the right side shows token accuracy. What
-    lies below 85 % is marked on the lower edge, so that the differences that matter stay visible.
+    The error is the output error where all rows have one. Rows without answers are left out on the right; where none
+    has any, it shows token accuracy. What lies below 85 % is marked on the lower edge, so that the differences that
+    matter stay visible.
     """
     shown = [row for row in rows if row.variant not in (BASE, UNCOMPRESSED)]
-    with_answers = all(row.rouge_l is not None for row in shown)
+    with_answers = any(row.rouge_l is not None for row in shown)
     with_output = all(row.output_error is not None for row in shown)
-    with _figure(file, 2) as (left, right):
-        for i, ((name, members), look) in enumerate(zip(_families(shown).items(), _looks(), strict=False)):
+    families = _families(shown)
+    with _figure(file, 2, beside=len(families) > _MANY) as (left, right):
+        for i, ((name, members), look) in enumerate(zip(families.items(), _looks(), strict=False)):
             share = [row.share_of_bytes for row in members]
             errors = [row.output_error if with_output else row.relative_error for row in members]
             left.plot(share, errors, **look, label=name)
@@ -57,7 +68,7 @@ def plot_over_bytes(rows: Sequence[Row], file: Path) -> Path:
             low, high = [100 * e.low for e in found], [100 * e.high for e in found]
             right.fill_between(share, low, high, color=look["color"], alpha=0.12, lw=0)
         left.set(ylabel=("output error" if with_output else "relative error") + ", mean (not squared)")
-        left.set_ylim(bottom=0)
+        _error_scale(left.yaxis, [row.output_error if with_output else row.relative_error for row in shown])
         right.axhline(100, color="#444444", lw=1, ls="--")
         right.set(ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of uncompressed")
         right.set_ylim(bottom=max(_FLOOR, right.get_ylim()[0]))
@@ -65,25 +76,28 @@ def plot_over_bytes(rows: Sequence[Row], file: Path) -> Path:
         for axis in (left, right):
             axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [_share_label(tick) for tick in ticks])
-            axis.minorticks_off()
+            axis.xaxis.minorticks_off()
             axis.set_xlabel("bytes for each adapter, share of uncompressed")
-        if shown:
-            left.legend()
+        _legend(left)
     return file
 
 
 def plot_performance_over_error(records: Sequence[Record], file: Path) -> Path:
-    """One point for each adapter and variant: ROUGE-L relative to the uncompressed adapter over the error."""
+    """One point for each adapter and variant: ROUGE-L relative to the uncompressed adapter over the error.
+
+    Records without answers are left out; where none has any, it shows token accuracy.
+    """
     own = [record for record in records if record.adapter == record.task]
     reference = {record.adapter: record for record in own if record.variant == UNCOMPRESSED}
     shown = [record for record in own if record.variant not in (BASE, UNCOMPRESSED)]
-    with_answers = all(record.answers for record in own)
+    with_answers = any(record.answers for record in shown)
     with_output = all(record.output_error is not None for record in shown)
     families: dict[str, list[Record]] = {}
     for record in shown:
         families.setdefault(family_of(record.variant), []).append(record)
-    with _figure(file, 1) as (axis,):
-        for (name, members), look in zip(sorted(families.items()), _looks(), strict=False):
+    with _figure(file, 1, beside=len(families) > _MANY) as (axis,):
+        for name, look in zip(sorted(families, key=_ours_first), _looks(), strict=False):
+            members = families[name]
             points = []
             for record in members:
                 mine, theirs = (
@@ -92,34 +106,69 @@ def plot_performance_over_error(records: Sequence[Record], file: Path) -> Path:
                 if mine is not None and theirs:
                     points.append((record.output_error if with_output else record.relative_error, 100 * mine / theirs))
             if points:
-                axis.scatter(*zip(*points, strict=True), s=16, alpha=0.55, lw=0, color=look["color"], label=name)
+                shape = {"color": look["color"], "marker": look["marker"], "s": 16, "alpha": 0.55, "lw": 0}
+                # The first on top: ours.
+                axis.scatter(*zip(*points, strict=True), **shape, label=name, zorder=3 - len(axis.collections) / 100)
         axis.axhline(100, color="#444444", lw=1, ls="--")
         axis.set(
             xlabel=("output error" if with_output else "relative error") + " of the adapter (not squared)",
             ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of uncompressed",
         )
-        axis.set_xlim(left=0)
-        if axis.collections:
-            axis.legend()
+        _error_scale(axis.xaxis, [record.output_error if with_output else record.relative_error for record in shown])
+        _legend(axis)
     return file
 
 
 def plot_convergence(objectives: Mapping[str, Sequence[float]], file: Path) -> Path:
-    """The objective (share of the energy lost) after each round, one curve for each name, on a logarithmic scale."""
+    """The objective (share of the energy lost) at the start and after each round, a curve for each name.
+
+    Both scales are logarithmic, that of the rounds linear up to 1.
+    """
     with _figure(file, 1) as (axis,):
         for (name, values), look in zip(objectives.items(), _looks(), strict=False):
-            axis.plot(range(1, len(values) + 1), values, **{**look, "markersize": 3}, label=name)
-        axis.set(xlabel="round", ylabel="energy lost (squared relative error)", yscale="log")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend()
+            marked = {"markersize": 3} if len(values) < _DENSE else {"marker": ""}
+            axis.plot(range(len(values)), values, **{**look, **marked}, label=name)
+        axis.set(xlabel="round (0: the start)", ylabel="energy lost (squared relative error)", yscale="log")
+        _plain_ticks(axis.yaxis)
+        axis.set_xscale("symlog", linthresh=1)
+        ticks = [0, *(2**n for n in range(10) if 2**n <= max(map(len, objectives.values())))]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.xaxis.minorticks_off()
+        axis.set_xlim(left=0)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return file
+
+
+def plot_error_over_clusters(points: Sequence[Mapping[str, Any]], file: Path) -> Path:
+    """Output error over the number of clusters at equal bytes, a curve for each budget; the rank stands at each point.
+
+    points: "budget", "clusters", "rank", "output_error" of each.
+    """
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for point in sorted(points, key=lambda p: (Fraction(p["budget"]), p["clusters"])):
+        curves.setdefault(point["budget"], []).append(point)
+    with _figure(file, 1) as (axis,):
+        for (budget, members), look in zip(curves.items(), _looks(), strict=False):
+            x, y = [p["clusters"] for p in members], [p["output_error"] for p in members]
+            axis.plot(x, y, **look, label=f"{budget} of the bytes")
+            for point in members:
+                place = (point["clusters"], point["output_error"])
+                axis.annotate(f"R {point['rank']}", place, (0, 5), textcoords="offset points", ha="center", size=7)
+        axis.set(xlabel="clusters", ylabel="output error, mean (not squared)", yscale="log")
+        _plain_ticks(axis.yaxis)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({p["clusters"] for p in points})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.xaxis.minorticks_off()
+        _legend(axis)
     return file
 
 
 class _figure:
-    """A figure with panels side by side, saved when the block ends well; the suffix of the file is its format."""
+    """Panels side by side (and a legend beside them), saved when the block ends well; the suffix says the format."""
 
-    def __init__(self, file: Path, panels: int):
-        self.file, self.panels = Path(file), panels
+    def __init__(self, file: Path, panels: int, *, beside: bool = False):
+        self.file, self.panels, self.beside = Path(file), panels, beside
 
     def __enter__(self) -> Sequence[Any]:
         import matplotlib
@@ -127,7 +176,7 @@ class _figure:
 
         self._style = matplotlib.rc_context(_STYLE)
         self._style.__enter__()
-        self.figure = Figure(figsize=(5.2 * self.panels, 3.8))
+        self.figure = Figure(figsize=(5.2 * self.panels + 2 * self.beside, 3.8))
         return self.figure.subplots(1, self.panels, squeeze=False)[0]
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
@@ -138,23 +187,75 @@ class _figure:
                 # No date in it: the same data gives the same file.
                 dated = {"metadata": {"Date": None}} if self.file.suffix == ".svg" else {"dpi": 160}
                 self.figure.savefig(temporary, **dated)
+                if self.file.suffix == ".svg":
+                    temporary.write_text(_smaller(temporary.read_text(encoding="utf-8")), encoding="utf-8")
                 temporary.replace(self.file)
         finally:
             self._style.__exit__(None, None, None)
+
+
+def _smaller(svg: str) -> str:
+    """The same picture in a third of the bytes: hundredths of a point, and a group's style said once."""
+    svg = re.sub(
+        r"(?<=[ \"])-?\d+\.\d{3,}(?=[ \"])", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), svg
+    )
+    svg = re.sub(r"\n\s*", "\n", svg)
+
+    def hoisted(group: re.Match[str]) -> str:
+        styles = set(re.findall(r'<use [^>]*?( style="[^"]*")/>', group[2]))
+        if len(styles) != 1 or "style=" in group[1]:
+            return group[0]
+        style = styles.pop()
+        return f"<g{group[1]}{style}>{group[2].replace(style + '/>', '/>')}</g>"
+
+    return re.sub(r"<g([^>]*)>((?:\s*<use [^>]*/>)+\s*)</g>", hoisted, svg)
+
+
+def _legend(axis: Any) -> None:
+    """Inside the axis, or beside the figure where there are many curves."""
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) > _MANY:
+        axis.figure.legend(handles, labels, loc="outside right upper")
+    elif labels:
+        axis.legend()
 
 
 def _families(rows: Iterable[Row]) -> dict[str, list[Row]]:
     families: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda r: r.share_of_bytes):
         families.setdefault(family_of(row.variant), []).append(row)
-    return dict(sorted(families.items()))
+    return {name: families[name] for name in sorted(families, key=_ours_first)}
+
+
+def _ours_first(family: str) -> tuple[bool, str]:
+    return not family.startswith("ours"), family
+
+
+def _error_scale(axis: Any, errors: Sequence[float | None]) -> None:
+    """From zero, or logarithmic where errors differ widely."""
+    known = [e for e in errors if e is not None]
+    if known and min(known) > 0 and max(known) > _WIDE * min(known):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        _plain_ticks(axis)
+    else:
+        axis.axes.set(**{f"{axis.axis_name}lim": (0, None)})
+
+
+def _plain_ticks(axis: Any) -> None:
+    """0.02, 0.05, 0.1 instead of powers of ten, on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _looks() -> Iterable[dict[str, Any]]:
     index = 0
     while True:
         colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
-        yield {"color": colour, "marker": marker, "lw": 1.6, "markersize": 5}
+        line = "-" if index < len(_COLOURS) else "--"
+        yield {"color": colour, "marker": marker, "ls": line, "lw": 1.6, "markersize": 5}
         index += 1
 
 

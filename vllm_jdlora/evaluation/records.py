@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from vllm_jdlora.errors import JDLoRAError
 
@@ -56,36 +57,43 @@ class Record:
 
 
 class RecordFile:
-    """A JSONL file of records that grows; without a path it lives in memory only."""
+    """A JSONL file of records that grows; without a path it lives in memory only.
 
-    def __init__(self, path: Path | None):
+    elsewhere: another place where a measurement of some content may be found, by its key.
+    """
+
+    def __init__(self, path: Path | None, elsewhere: Callable[[str], Record | None] | None = None):
         self.path = path
         self.records: list[Record] = []
         if path is not None and path.exists():
             self.records = list(_read(path))
         self._by_key = {record.key: record for record in self.records}
-        self._names = {(record.variant, record.adapter, record.task, record.key) for record in self.records}
+        self._by_name = {(record.variant, record.adapter, record.task, record.key): record for record in self.records}
+        self._elsewhere = elsewhere
 
     def find(self, key: str) -> Record | None:
         """A measurement of this content, under whatever name."""
+        known = self.own(key)
+        return self._elsewhere(key) if known is None and self._elsewhere is not None else known
+
+    def own(self, key: str) -> Record | None:
+        """The same, of this file alone."""
         return self._by_key.get(key)
+
+    def named(self, variant: str, adapter: str, task: str, key: str) -> Record | None:
+        """The record of this content under these names, of this file alone."""
+        return self._by_name.get((variant, adapter, task, key))
 
     def add(self, record: Record) -> None:
         """Append one record, unless the very same is there already."""
         identity = (record.variant, record.adapter, record.task, record.key)
-        if identity in self._names:
+        if identity in self._by_name:
             return
-        self._names.add(identity)
+        self._by_name[identity] = record
         self.records.append(record)
         self._by_key.setdefault(record.key, record)
         if self.path is not None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                # One write: processes that measure different adapters may share the file.
-                with open(self.path, "ab", buffering=0) as file:
-                    file.write((json.dumps(asdict(record)) + "\n").encode())
-            except OSError as error:
-                raise JDLoRAError(f"{self.path}: cannot be written ({error.strerror})") from error
+            append_line(self.path, asdict(record))
 
 
 def read_records(path: Path) -> list[Record]:
@@ -93,8 +101,22 @@ def read_records(path: Path) -> list[Record]:
     return RecordFile(path).records
 
 
-def _read(path: Path) -> Iterator[Record]:
-    """The records of a file; a last line that a killed run left half written is cut off."""
+def append_line(path: Path, value: Any) -> None:
+    """One more line of JSON. Raises JDLoRAError where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One write: processes that measure different adapters may share the file.
+        with open(path, "ab", buffering=0) as file:
+            file.write((json.dumps(value) + "\n").encode())
+    except OSError as error:
+        raise JDLoRAError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, value) of the lines of JSON; a last line that a killed run left half written is cut off.
+
+    Raises JDLoRAError for a file that cannot be read, or a line that is not JSON.
+    """
     try:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -104,12 +126,16 @@ def _read(path: Path) -> Iterator[Record]:
             os.replace(temporary, path)
     except OSError as error:
         raise JDLoRAError(f"{path}: cannot be read ({error.strerror})") from error
-    names = {f.name for f in fields(Record)}
     for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
         try:
-            values = json.loads(line)
+            yield number, json.loads(line)
         except ValueError as error:
             raise JDLoRAError(f"{path}:{number}: not a line of JSON ({error})") from error
+
+
+def _read(path: Path) -> Iterator[Record]:
+    names = {f.name for f in fields(Record)}
+    for number, values in read_lines(path):
         if not isinstance(values, dict) or set(values) != names:
             raise JDLoRAError(f"{path}:{number}: not a record of this version's evaluation; choose another --output")
         yield Record(**values)

@@ -40,7 +40,7 @@ def jd_published(
     """
     if rank < 1:
         raise JDLoRAError(f"rank {rank}: give a rank of at least 1")
-    members = _members(factors, unit_norm)
+    members = unit_members(factors, unit_norm)
     cluster = {i: 0 if labels is None else int(labels[i]) for i in members}
     kept = nothing_like(factors)
     numbers = 0
@@ -80,7 +80,7 @@ def published_labels(
     for done in range(rounds):
         captured = torch.zeros(n, clusters, dtype=torch.float64)
         for factors in slices:
-            members = _members(factors, True)
+            members = unit_members(factors, True)
             for k in range(clusters):
                 own = [pair for i, pair in members.items() if labels[i] == k]
                 if own:
@@ -95,8 +95,13 @@ def published_labels(
     return labels
 
 
-def bases(members: Sequence[Member], rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    """U [d_out, ≤ rank], V [d_in, ≤ rank]: QR of Gaussians, then ten times U from [W_1V … W_nV], V with the new U."""
+def bases(
+    members: Sequence[Member], rank: int, seed: int, *, alternations: int = ALTERNATIONS
+) -> tuple[Tensor, Tensor]:
+    """U [d_out, ≤ rank], V [d_in, ≤ rank]: QR of Gaussians, then ten times U from [W_1V … W_nV], V with the new U.
+
+    With fewer alternations, what the same seed has then.
+    """
     draw = torch.Generator().manual_seed(seed)
     u, v = (
         torch.linalg.qr(torch.randn(size, rank, generator=draw).to(members[0][0])).Q
@@ -104,7 +109,7 @@ def bases(members: Sequence[Member], rank: int, seed: int) -> tuple[Tensor, Tens
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # svd_lowrank draws from the global generator
-        for _ in range(ALTERNATIONS):
+        for _ in range(alternations):
             u = _leading(torch.cat([b @ (a @ v) for b, a in members], 1), rank)
             v = _leading(torch.cat([a.T @ (b.T @ u) for b, a in members], 1), rank)
     return u, v
@@ -115,7 +120,7 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     return torch.svd_lowrank(matrix, q=width, niter=_POWER_STEPS)[0][:, :rank]
 
 
-def _members(factors: Sequence[Factors | None], unit_norm: bool) -> dict[int, Member]:
+def unit_members(factors: Sequence[Factors | None], unit_norm: bool = True) -> dict[int, Member]:
     """Position → factors of those whose product is not zero, each with norm one if asked for."""
     members = {}
     for i, f in enumerate(factors):
@@ -127,7 +132,7 @@ def _members(factors: Sequence[Factors | None], unit_norm: bool) -> dict[int, Me
 
 def _sigmas(factors: Sequence[Factors | None], rank: int, seed: int) -> Tensor:
     """[n, R²] Σ_i on one common basis, adapters of norm one; zero for those that have nothing here."""
-    members = _members(factors, True)
+    members = unit_members(factors, True)
     out = torch.zeros(len(factors), rank * rank)
     if not members:
         return out

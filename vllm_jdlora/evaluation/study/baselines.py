@@ -1,0 +1,37 @@
+"""The part "baselines": every other method at each budget."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from functools import partial
+
+from vllm_jdlora.evaluation.baseline_variants import baseline
+from vllm_jdlora.evaluation.study.comparison import Comparison
+from vllm_jdlora.evaluation.study.part import Part
+from vllm_jdlora.evaluation.study.study import Study
+from vllm_jdlora.evaluation.summary import summarise
+from vllm_jdlora.evaluation.variant import Variant
+
+
+def baselines(study: Study) -> Part:
+    settings = study.settings
+    comparison = Comparison(study, "baselines", study.adapters, study.measured, settings.limit)
+    study.begin("baselines", (2 + len(settings.baselines) * len(settings.budgets)) * len(comparison.tasks))
+    with_answers = set(settings.baselines if settings.answers_for is None else settings.answers_for)
+    records = comparison.references(answers=bool(with_answers))
+    for name in settings.baselines:
+        for share in settings.budgets:
+            records += comparison.measure(
+                f"{name}: {share}",
+                {"baseline": name, "budget": str(share), "calibration": study.weighted_by},
+                partial(_fitted, study, name, share),
+                answers=name in with_answers,
+            )
+    return Part({"": summarise(records)}, records)
+
+
+def _fitted(study: Study, name: str, share: Fraction) -> Variant:
+    # Activation moments whatever the metric of ours: the methods that use them are named after them.
+    moments = study.moments("activation") if "activation" in name else None
+    by_slice = None if moments is None else {part: moments.of(part) for part in moments.inputs}
+    return baseline(name, study.adapters, study.bytes_at(share), second_moments=by_slice, progress=False)

@@ -1,0 +1,97 @@
+"""Runs the parts of a study, one after the other, and writes what they found: summary.json and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.evaluation.plots import (
+    plot_convergence,
+    plot_error_over_clusters,
+    plot_over_bytes,
+    plot_performance_over_error,
+)
+from vllm_jdlora.evaluation.study.baselines import baselines
+from vllm_jdlora.evaluation.study.convergence import convergence
+from vllm_jdlora.evaluation.study.leaks import leakage
+from vllm_jdlora.evaluation.study.ours import ours
+from vllm_jdlora.evaluation.study.part import Part, Run
+from vllm_jdlora.evaluation.study.ranks import ranks
+from vllm_jdlora.evaluation.study.settings import PARTS, StudySettings
+from vllm_jdlora.evaluation.study.study import Progress, Study
+from vllm_jdlora.evaluation.study.sweep import sweep
+from vllm_jdlora.evaluation.study.trained_longer import trained_longer
+
+_RUNS: Mapping[str, Run] = dict(
+    zip(PARTS, (ours, baselines, sweep, ranks, leakage, convergence, trained_longer), strict=True)
+)
+SUMMARY_FILE = "summary.json"
+
+
+def run_study(settings: StudySettings, progress: Progress | None = None) -> tuple[dict[str, Part], dict[str, str]]:
+    """What each part found, in the order of `PARTS`, and why some variants were refused.
+
+    Stopped at any point and called again with the same settings, it goes on: fits and measurements that are complete
+    are found in the output folder. Writes ``summary.json`` (parts of earlier runs stay in it) and ``plots``.
+
+    Raises:
+        JDLoRAError: the folder holds another study, or something that is needed is missing.
+    """
+    study = Study(settings, progress)
+    found = {name: _RUNS[name](study) for name in PARTS if name in settings.parts}
+    write_summary(settings, found, study.refused)
+    draw(found, settings.output / "plots")
+    return found, study.refused
+
+
+def write_summary(settings: StudySettings, parts: Mapping[str, Part], refused: Mapping[str, str]) -> Path:
+    """Each part with the settings it was run with."""
+    file = settings.output / SUMMARY_FILE
+    summary = read_summary(file)
+    own = {key: _plain(value) for key, value in asdict(settings).items() if key not in ("output", "parts")}
+    for name, part in parts.items():
+        summary[name] = {"settings": own, **part.to_json()}
+    summary["refused"] = summary.get("refused", {}) | dict(refused)
+    temporary = file.with_name(f".new-{file.name}")
+    try:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise JDLoRAError(f"{file}: cannot be written ({error.strerror})") from error
+    return file
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    """Empty where there is none yet."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise JDLoRAError(f"{file}: cannot be read ({error}); remove it, it is made anew from the records") from error
+
+
+def draw(parts: Mapping[str, Part], folder: Path) -> list[Path]:
+    """The plots that these parts have the data for."""
+    drawn = []
+    methods = [parts[name] for name in ("ours", "baselines") if name in parts]
+    if methods:
+        # Both have the base model and the uncompressed adapters: those of ours count, which have answers.
+        rows = {row.variant: row for part in reversed(methods) for row in part.tables[""]}
+        records = {(r.variant, r.adapter): r for part in reversed(methods) for r in part.records}
+        drawn.append(plot_over_bytes(list(rows.values()), folder / "bytes.svg"))
+        drawn.append(plot_performance_over_error(list(records.values()), folder / "error.svg"))
+    if "sweep" in parts and parts["sweep"].facts["points"]:
+        drawn.append(plot_error_over_clusters(parts["sweep"].facts["points"], folder / "clusters.svg"))
+    if "convergence" in parts:
+        drawn.append(plot_convergence(parts["convergence"].facts["energy_lost"], folder / "convergence.svg"))
+    return drawn
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path | Fraction):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
