@@ -85,12 +85,12 @@ def _run(args: argparse.Namespace) -> int:
     )
     try:
         with progress_bars() as show:
-            parts, refused = run_study(settings, show)
+            parts = run_study(settings, show)
     except KeyboardInterrupt as stop:
         stop.__notes__ = ["stopped; the same command goes on from what is measured"]
         raise
     if args.json:
         print(json.dumps(read_summary(settings.output / SUMMARY_FILE), indent=1))
     else:
-        print_study(parts, refused)
+        print_study(parts)
     return 0

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm_jdlora.evaluation.study.part import Part
 
 
-def print_study(parts: Mapping[str, Part], refused: Mapping[str, str]) -> None:
+def print_study(parts: Mapping[str, Part]) -> None:
     """Parts in their order."""
     for name, part in parts.items():
         show("")
@@ -29,8 +29,8 @@ def print_study(parts: Mapping[str, Part], refused: Mapping[str, str]) -> None:
             print_leakage("reference collection", part.facts["pairs"])
         for method, lost in part.facts.get("energy_lost", {}).items():
             show(f"{method}: energy lost {lost[0]:.4f} at the start, {lost[-1]:.4f} after {len(lost) - 1} rounds")
-    for name, reason in refused.items():
-        show(f"{name}: not measured: {reason}")
+        for variant, reason in part.refused.items():
+            show(f"{variant}: not measured: {reason}")
 
 
 def _print_sweep(points: Sequence[Mapping[str, Any]]) -> None:

@@ -32,6 +32,6 @@ def baselines(study: Study) -> Part:
 
 def _fitted(study: Study, name: str, share: Fraction) -> Variant:
     # Activation moments whatever the metric of ours: the methods that use them are named after them.
-    moments = study.moments("activation") if "activation" in name else None
+    moments = study.moments("activation")
     by_slice = None if moments is None else {part: moments.of(part) for part in moments.inputs}
     return baseline(name, study.adapters, study.bytes_at(share), second_moments=by_slice, progress=False)

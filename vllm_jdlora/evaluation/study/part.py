@@ -13,16 +13,20 @@ from vllm_jdlora.evaluation.summary import Row
 
 @dataclass(frozen=True)
 class Part:
-    """Rows by the title of their table, the records behind them, and further facts that JSON can hold."""
+    """Rows by the title of their table, the records behind them, and further facts that JSON can hold.
+
+    refused: variant → why it could not be fitted.
+    """
 
     tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     records: Sequence[Record] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Without the records: they have files of their own."""
         tables = {title: [asdict(row) for row in rows] for title, rows in self.tables.items()}
-        return {"tables": tables, **self.facts}
+        return {"tables": tables, **self.facts, "refused": dict(self.refused)}
 
 
 Run = Callable[[Study], Part]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ _RUNS: Mapping[str, Run] = dict(
 SUMMARY_FILE = "summary.json"
 
 
-def run_study(settings: StudySettings, progress: Progress | None = None) -> tuple[dict[str, Part], dict[str, str]]:
-    """What each part found, in the order of `PARTS`, and why some variants were refused.
+def run_study(settings: StudySettings, progress: Progress | None = None) -> dict[str, Part]:
+    """What each part found, in the order of `PARTS`.
 
     Stopped at any point and called again with the same settings, it goes on: fits and measurements that are complete
     are found in the output folder. Writes ``summary.json`` (parts of earlier runs stay in it) and ``plots``.
@@ -43,20 +43,23 @@ def run_study(settings: StudySettings, progress: Progress | None = None) -> tupl
         JDLoRAError: the folder holds another study, or something that is needed is missing.
     """
     study = Study(settings, progress)
-    found = {name: _RUNS[name](study) for name in PARTS if name in settings.parts}
-    write_summary(settings, found, study.refused)
+    found = {}
+    for name in PARTS:
+        if name in settings.parts:
+            study.refused.clear()
+            found[name] = replace(_RUNS[name](study), refused=dict(study.refused))
+            write_summary(settings, {name: found[name]})
     draw(found, settings.output / "plots")
-    return found, study.refused
+    return found
 
 
-def write_summary(settings: StudySettings, parts: Mapping[str, Part], refused: Mapping[str, str]) -> Path:
-    """Each part with the settings it was run with."""
+def write_summary(settings: StudySettings, parts: Mapping[str, Part]) -> Path:
+    """Each part with the settings it was run with, beside the parts of earlier runs."""
     file = settings.output / SUMMARY_FILE
     summary = read_summary(file)
     own = {key: _plain(value) for key, value in asdict(settings).items() if key not in ("output", "parts")}
     for name, part in parts.items():
         summary[name] = {"settings": own, **part.to_json()}
-    summary["refused"] = summary.get("refused", {}) | dict(refused)
     temporary = file.with_name(f".new-{file.name}")
     try:
         temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -45,7 +45,7 @@ class Study:
         measured: those whose tasks are measured.
         long: adapters of the same names trained longer; empty without.
         steps: what is finished.
-        refused: name → why it could not be fitted.
+        refused: name → why it could not be fitted, in the part that runs.
     """
 
     def __init__(self, settings: StudySettings, progress: Progress | None = None):
