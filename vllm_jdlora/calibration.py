@@ -1,6 +1,6 @@
-"""Calibration: run the base model on text and gather the second moment of each target module's input.
+"""Calibration: run the base model on text and gather second moments of each target module's input, and of gradients.
 
-What the activation metric (``jd/metric.py``) and the refit of Σ on an adapter's own activations start from.
+What the metrics of ``jd/metric.py`` and the refit of Σ on an adapter's own activations start from.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ Progress = Callable[[str, int, int], None]
 MAX_TOKENS = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STAGE = "calibrate"
+_SEED = 0
 
 
 def calibration_texts(base_model: Path, file: Path | None = None) -> list[str]:
@@ -70,6 +71,7 @@ def gather(
     text: Sequence[str],
     slices: Sequence[SliceShape],
     *,
+    gradients: bool = False,
     max_tokens_per_text: int = MAX_TOKENS,
     dtype: str = "fp32",
     device: str | None = None,
@@ -81,12 +83,18 @@ def gather(
     larger than all others', they would own C, and they are the same whatever the prompt ("Massive Activations in Large
     Language Models", arXiv 2402.17762).
 
+    With gradients also G = E[ggᵀ], g the gradient of the loss at the slice's output, the loss that of next tokens drawn
+    from the model's own predictions: the factor of the Fisher information, and no text's labels decide what counts
+    (Kunstner et al., "Limitations of the empirical Fisher", arXiv 1905.12558).
+
     Args:
         base_model: Hugging Face folder.
         text: run one by one, so there is no padding to keep out.
         slices: modules to watch. Those that read the same tensor (q, k and v; gate and up) share one matrix.
+        gradients: also gather G; takes about three times as long.
         max_tokens_per_text: each text is cut there.
-        dtype: of the model, ``fp32`` or ``bf16``. Sums are fp64: d_in² · 8 bytes for each distinct input.
+        dtype: of the model, ``fp32`` or ``bf16``. Sums are fp64: d_in² · 8 bytes for each distinct input, d_out² · 8
+            for the gradients of each slice.
         device: default CUDA where there is one.
         progress: called as (stage, done, total), total being texts.
 
@@ -95,7 +103,7 @@ def gather(
             activations that are not finite.
     """
     runner = _Runner(base_model, dtype, device)
-    return runner.moments(text, slices, max_tokens_per_text, progress)
+    return runner.moments(text, slices, max_tokens_per_text, progress, gradients=gradients)
 
 
 def gather_cached(
@@ -103,6 +111,7 @@ def gather_cached(
     text: Sequence[str],
     slices: Sequence[SliceShape],
     *,
+    gradients: bool = False,
     max_tokens_per_text: int = MAX_TOKENS,
     dtype: str = "fp32",
     device: str | None = None,
@@ -120,7 +129,7 @@ def gather_cached(
         [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))
     ]
     shapes = [[part.name, part.d_in] for part in slices]
-    settings = [FORMAT_VERSION, max_tokens_per_text, dtype]
+    settings = [FORMAT_VERSION, max_tokens_per_text, dtype, gradients]
     what = [text_sha256(text), file_digest(folder / "config.json"), str(folder.resolve()), weights, shapes, settings]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     file = cache_root(cache_dir) / "calibration" / f"{key[:32]}.safetensors"
@@ -135,6 +144,7 @@ def gather_cached(
         folder,
         text,
         slices,
+        gradients=gradients,
         max_tokens_per_text=max_tokens_per_text,
         dtype=dtype,
         device=device,
@@ -179,10 +189,9 @@ class _Runner:
             model = _transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
         except (OSError, ValueError) as error:
             raise JDLoRAError(f"{folder}: transformers cannot load this model ({error})") from error
-        self._model: Any = model.eval().to(self._device)
+        self._model: Any = model.eval().requires_grad_(False).to(self._device)
         self._base = BaseModel(folder.resolve().name, file_digest(folder / "config.json"))
 
-    @torch.inference_mode()
     def moments(
         self,
         text: Sequence[str],
@@ -190,37 +199,35 @@ class _Runner:
         max_tokens: int,
         progress: Progress | None,
         adapter_sha256: str | None = None,
+        *,
+        gradients: bool = False,
     ) -> SecondMoments:
         encoded = [self._tokenizer(one, truncation=True, max_length=max_tokens)["input_ids"] for one in text]
         encoded = [tokens for tokens in encoded if len(tokens) > 1]
         if not encoded:
             raise JDLoRAError("the calibration text has no text of two tokens or more")
         modules = {part.name: self._module(part.name) for part in slices}
-        inputs = self._shared_inputs(slices, modules, encoded[0])
-        sums: dict[str, Tensor] = {}
-        watched = {key: modules[key] for key in dict.fromkeys(inputs.values())}
-
-        def add(key: str, x: Tensor) -> None:
-            x = x.reshape(-1, x.shape[-1])[1:].float()
-            if key not in sums:
-                sums[key] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-            sums[key] += x.T @ x
-
+        with torch.inference_mode():
+            inputs = self._shared_inputs(slices, modules, encoded[0])
+        of_gradients = {part.name: f"{part.name}:gradients" for part in slices} if gradients else {}
+        sums = _Sums()
         if progress:
             progress(_STAGE, 0, len(encoded))
-        with _watching(watched, add):
+        with (
+            _watching({key: modules[key] for key in dict.fromkeys(inputs.values())}, sums.add),
+            _differentiated({key: modules[name] for name, key in of_gradients.items()}, sums.add),
+        ):
+            draw = torch.Generator(self._device).manual_seed(_SEED)
             for done, tokens in enumerate(encoded, 1):
-                self._forward(tokens)
+                if gradients:
+                    self._backward(tokens, draw)
+                else:
+                    self._forward(tokens)
                 if progress:
                     progress(_STAGE, done, len(encoded))
         count = sum(len(tokens) - 1 for tokens in encoded)
-        for key, total in sums.items():
-            if not bool(total.isfinite().all()):
-                raise JDLoRAError(f"the input of {key} is not finite on the calibration text: try --dtype fp32")
         origin = Origin(self._base, text_sha256(text), len(text), count, max_tokens, self._dtype, adapter_sha256)
-        # Products of fp32 blocks are symmetric up to rounding: made exactly so.
-        matrices = {key: ((total + total.T) / (2 * count)).float().cpu() for key, total in sums.items()}
-        return SecondMoments(origin, inputs, matrices)
+        return SecondMoments(origin, inputs, sums.means(count), of_gradients)
 
     @contextmanager
     def adapted(self, adapter: Adapter) -> Iterator[None]:
@@ -243,9 +250,16 @@ class _Runner:
         except AttributeError:
             raise JDLoRAError(f"{self._base.name}: the base model has no module {name}") from None
 
+    @torch.inference_mode()
     def _forward(self, tokens: Sequence[int]) -> None:
         # Without the output head: nobody reads the logits, and they are the largest tensor of all.
         self._model.base_model(input_ids=torch.tensor([list(tokens)], device=self._device), use_cache=False)
+
+    def _backward(self, tokens: Sequence[int], draw: torch.Generator) -> None:
+        """A step forward and back from labels that the model itself draws."""
+        logits = self._model(input_ids=torch.tensor([list(tokens)], device=self._device), use_cache=False).logits[0]
+        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=draw)[:, 0]
+        torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
 
     def _shared_inputs(
         self, slices: Sequence[SliceShape], modules: dict[str, nn.Module], tokens: Sequence[int]
@@ -278,6 +292,49 @@ def _watching(modules: dict[str, nn.Module], see: Callable[[str, Tensor], Any]) 
         return before
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Sums:
+    """Σ xxᵀ in fp64 for each key, over all positions but the first of each text."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, key: str, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])[1:].float()
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+        self._sums[key] += x.T @ x
+
+    def means(self, count: int) -> dict[str, Tensor]:
+        """Raises JDLoRAError where a sum is not finite."""
+        for key, total in self._sums.items():
+            if not bool(total.isfinite().all()):
+                raise JDLoRAError(f"the input of {key} is not finite on the calibration text: try --dtype fp32")
+        # Products of fp32 blocks are symmetric up to rounding: made exactly so.
+        return {key: ((total + total.T) / (2 * count)).float().cpu() for key, total in self._sums.items()}
+
+
+@contextmanager
+def _differentiated(modules: dict[str, nn.Module], see: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """`see(key, gradient at the module's output)` at each step back; parameters need no gradients for it."""
+
+    def hook(key: str) -> Callable[..., Tensor]:
+        def after(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # The first modules' outputs depend on nothing that is differentiated: their graph begins here.
+            output = output if output.requires_grad else output.detach().requires_grad_(True)
+            output.register_hook(lambda gradient: see(key, gradient))
+            return output
+
+        return after
+
+    handles = [module.register_forward_hook(hook(key)) for key, module in modules.items()]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.jd.dense import dense, family_factors, random_factors
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.metric import InputMetric
+from vllm_jdlora.jd.metric import SliceMetric
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 from vllm_jdlora.jd.projection import squared_errors
 from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceFit, SliceRecipe, fit_slice
@@ -37,11 +37,24 @@ def approximation(fit: SliceFit, i: int) -> Tensor:
     return fit.u[k].double() @ sigma @ fit.v[k].double()
 
 
+def metric_named(name: str | None) -> SliceMetric | None:
+    if name is None:
+        return None
+    metric = SliceMetric.of(second_moment(), "x")
+    return metric if name == "input" else metric.with_gradients(gradient_moment(), "x")
+
+
+def gradient_moment() -> torch.Tensor:
+    draw = torch.Generator().manual_seed(9)
+    g = torch.randn(200, 40, generator=draw, dtype=torch.float64) * torch.logspace(0, -2, 40).double()
+    return g.T @ g / 200
+
+
 @pytest.mark.parametrize("method", ["full", "diag"])
-@pytest.mark.parametrize("metric", [None, "input"])
+@pytest.mark.parametrize("metric", [None, "input", "loss"])
 def test_errors_are_those_of_the_values_as_stored(method: str, metric: str | None) -> None:
     factors = seven()
-    within = InputMetric.of(second_moment(), "x") if metric else None
+    within = metric_named(metric)
     recipe = SliceRecipe(rank=4, method=method, **BF16)  # type: ignore[arg-type]
     fit = fit_slice(SliceProblem.from_factors(factors, "x"), LABELS, 3, recipe, metric=within)
     assert fit.u.dtype == fit.v.dtype == fit.sigma.dtype == torch.bfloat16
@@ -53,9 +66,11 @@ def test_errors_are_those_of_the_values_as_stored(method: str, metric: str | Non
         torch.testing.assert_close(fit.squared_norm[i], w.square().sum(), rtol=1e-9, atol=0)
         if within:
             assert fit.output_error is not None and fit.output_norm is not None
-            expected = (lost @ within.root).square().sum()
+            left = torch.eye(40, dtype=torch.float64) if within.root_out is None else within.root_out.T
+            expected = (left @ lost @ within.root_in).square().sum()
             torch.testing.assert_close(fit.output_error[i], expected, rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(fit.output_norm[i], (w @ within.root).square().sum(), rtol=1e-9, atol=0)
+            norm = (left @ w @ within.root_in).square().sum()
+            torch.testing.assert_close(fit.output_norm[i], norm, rtol=1e-9, atol=0)
     assert not fit.sigma[5].any() and fit.relative()[5] == 0
 
 
@@ -63,7 +78,7 @@ def test_the_metric_lowers_the_error_of_outputs_and_raises_the_other() -> None:
     problem = SliceProblem.from_factors(family_factors([0, 1, 0, 1, 1, 0, 0], 40, 4, 0.3)[:7], "x")
     problem = replace(problem, a=problem.a[:, :30].contiguous())
     labels = torch.zeros(7, dtype=torch.int64)
-    metric = InputMetric.of(second_moment(), "x")
+    metric = SliceMetric.of(second_moment(), "x")
     recipe = SliceRecipe(rank=4)
     plain, weighted = (fit_slice(problem, labels, 1, recipe, metric=m) for m in (None, metric))
     assert weighted.squared_error.sum() > plain.squared_error.sum()
@@ -81,9 +96,9 @@ def test_captured_energy_is_what_the_error_leaves_for_bases_that_are_not_cast(me
     assert bool((fit.captured <= 1 + 1e-5).all()) and not fit.captured[5].any()
 
 
-@pytest.mark.parametrize("metric", [None, "input"])
+@pytest.mark.parametrize("metric", [None, "input", "loss"])
 def test_a_refit_is_no_worse_than_the_stored_bases_it_starts_from(metric: str | None) -> None:
-    within = InputMetric.of(second_moment(), "x") if metric else None
+    within = metric_named(metric)
     problem = SliceProblem.from_factors(seven(), "x")
     recipe = SliceRecipe(rank=3, **BF16)  # type: ignore[arg-type]
     first = fit_slice(problem, LABELS, 3, recipe, metric=within)

@@ -15,6 +15,7 @@ from vllm_jdlora.collection.activation import calibration_of, metric_of
 from vllm_jdlora.collection.io import TORCH_DTYPES
 from vllm_jdlora.collection.quantize import cast_of
 from vllm_jdlora.collection.schema import (
+    METRIC_ERRORS,
     AdapterEntry,
     BaseModel,
     CollectionManifest,
@@ -53,6 +54,11 @@ class Options:
     quantize: str
     seed: int
     effort: float
+
+    @property
+    def metric(self) -> str:
+        """Of the fit, by the moments."""
+        return "frobenius" if self.moments is None else self.moments.metric
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Job:
             "slices": [asdict(part) for part in self.slices],
             "size": [self.rank, self.clusters],
             "options": [options.method, options.dtype, options.quantize, options.seed, options.effort],
+            "metric": options.metric,
             "calibration": None if options.moments is None else asdict(options.moments.origin),
         }
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
@@ -126,13 +133,13 @@ class Job:
         """Positions of the adapters that stay compressed, and those that are better kept plain."""
         limit = self.options.max_error
         relative, output = _errors(fit)
-        judged, kind = (relative, "relative") if output is None else (output, "output")
+        judged, kind = relative if output is None else output, METRIC_ERRORS[self.options.metric]
         sizes = _sizes(self.adapters, self.slices, self.options)
         alone = _alone(fit.cluster, self.clusters, self.adapters, sizes.total(1, self.rank) - sizes.total(0, self.rank))
         kept, plain = [], []
         for i, adapter in enumerate(self.adapters):
             if limit is not None and judged[i] > limit:
-                plain.append(KeptPlain(adapter, f"{kind} error {judged[i]:.3f} is above {limit:g}", float(relative[i])))
+                plain.append(KeptPlain(adapter, f"{kind} {judged[i]:.3f} is above {limit:g}", float(relative[i])))
             elif i in alone:
                 reason = f"alone in its cluster: bases of rank {self.rank} take as many bytes as the adapter itself"
                 plain.append(KeptPlain(adapter, reason, float(relative[i])))
@@ -140,7 +147,7 @@ class Job:
                 kept.append(i)
         if not kept:
             raise JDLoRAError(
-                f"every adapter has {'an' if kind == 'output' else 'a'} {kind} error above {limit or 0:g} (the best "
+                f"every adapter has {'an' if kind[0] == 'o' else 'a'} {kind} above {limit or 0:g} (the best "
                 f"{judged.min():.3f}): give more rank or clusters, or allow more error"
             )
         return kept, plain
@@ -171,7 +178,7 @@ class Job:
             method=options.method,
             rank=self.rank,
             clusters=len(used),
-            metric="frobenius" if options.moments is None else "activation",
+            metric=options.metric,
             dtype=options.dtype,
             seed=options.seed,
             slices=tuple(self.slices),

@@ -18,7 +18,8 @@ MANIFEST_FILE = "collection.json"
 BASES_FILE = "bases.safetensors"
 ERRORS_FILE = "errors.safetensors"
 METHODS = ("full", "diag")
-METRICS = ("frobenius", "activation")
+METRIC_ERRORS = {"frobenius": "relative error", "activation": "output error", "fisher": "loss-weighted error"}
+"""Metric of the fit → what the error in it is called."""
 DTYPES = ("bf16", "fp16", "fp32")
 QUANTIZATIONS = ("none", "int8", "fp8")
 
@@ -43,7 +44,7 @@ class AdapterEntry:
     """One compressed adapter; its place in the list is its row in the scalings.
 
     ``relative_error`` is ‖ΔW − UΣV‖_F / ‖ΔW‖_F over all slices, not squared, for the values as stored;
-    ``output_error`` the same in the activation metric, where the collection was fitted in it; ``scale`` is s where it
+    ``output_error`` the same in the metric of the fit, where that is another; ``scale`` is s where it
     is one for all slices.
     """
 
@@ -119,7 +120,7 @@ class CollectionManifest:
     def __post_init__(self) -> None:
         _require_format(self.format_version)
         _require(self.method in METHODS, f"method {self.method!r} is not one of {METHODS}")
-        _require(self.metric in METRICS, f"metric {self.metric!r} is not one of {METRICS}")
+        _require(self.metric in METRIC_ERRORS, f"metric {self.metric!r} is not one of {tuple(METRIC_ERRORS)}")
         _require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not one of {DTYPES}")
         _require(self.quantize in QUANTIZATIONS, f"quantize {self.quantize!r} is not one of {QUANTIZATIONS}")
         _require(self.rank >= 1 and self.clusters >= 1, "rank and clusters must be at least 1")

@@ -1,4 +1,4 @@
-"""Second moments C = E[xxᵀ] of modules' inputs, and the one file that keeps them (no transformers here)."""
+"""Second moments of modules' inputs and gradients, and the one file that keeps them (no transformers here)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vllm_jdlora.adapter import SliceShape
 from vllm_jdlora.collection.schema import BaseModel
 from vllm_jdlora.errors import JDLoRAError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HEADER = "second_moments"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Moments are written in fp32: entries of a rounded C differ from their mirror image not at all, and its
@@ -56,23 +56,46 @@ class Origin:
 class SecondMoments:
     """C = E[xxᵀ] of the input of each slice; slices that read the same x (packed q, k, v) share one matrix.
 
+    And, where the loss was differentiated, G = E[ggᵀ] of the gradients g = ∂loss/∂y at each slice's output y.
+
     Attributes:
         origin: what they were gathered from.
-        inputs: slice name → key in ``matrices``.
-        matrices: key → C [d_in, d_in] fp32, symmetric, the mean over tokens. Mapped from the file after ``load``.
+        inputs: slice name → key of its C in ``matrices``.
+        matrices: key → C [d_in, d_in] or G [d_out, d_out], fp32, symmetric, the mean over tokens. Mapped from the file
+            after ``load``.
+        gradients: slice name → key of its G in ``matrices``; empty without.
     """
 
     origin: Origin
     inputs: Mapping[str, str]
     matrices: Mapping[str, Tensor]
+    gradients: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """Of a collection that is fitted with these moments: ``fisher`` with gradients, else ``activation``."""
+        return "fisher" if self.gradients else "activation"
+
+    def of_inputs(self) -> SecondMoments:
+        """The same without gradients."""
+        kept = {key: self.matrices[key] for key in set(self.inputs.values())}
+        return replace(self, matrices=kept, gradients={})
+
+    def gradients_of(self, slice_name: str) -> Tensor | None:
+        """G [d_out, d_out] fp32 of one slice's output; None where the loss was not differentiated.
+
+        Raises JDLoRAError for a slice that was not gathered.
+        """
+        if not self.gradients:
+            return None
+        if slice_name not in self.gradients:
+            raise JDLoRAError(_missing(slice_name))
+        return self.matrices[self.gradients[slice_name]]
 
     def of(self, slice_name: str) -> Tensor:
         """C [d_in, d_in] fp32 of one slice's input. Raises JDLoRAError for a slice that was not gathered."""
         if slice_name not in self.inputs:
-            raise JDLoRAError(
-                f"no second moment for {slice_name}: calibrate with the modules of these adapters "
-                "(jdlora calibrate --adapters)"
-            )
+            raise JDLoRAError(_missing(slice_name))
         return self.matrices[self.inputs[slice_name]]
 
     def check_fit(self, slices: Sequence[SliceShape], fingerprint: str | None = None) -> None:
@@ -87,6 +110,9 @@ class SecondMoments:
             d_in = self.of(part.name).shape[0]
             if d_in != part.d_in:
                 raise JDLoRAError(f"the second moment of {part.name} has {d_in} inputs, its adapters {part.d_in}")
+            g = self.gradients_of(part.name)
+            if g is not None and g.shape[0] != part.d_out:
+                raise JDLoRAError(f"the gradients of {part.name} have {g.shape[0]} outputs, its adapters {part.d_out}")
 
     def save(self, file: Path) -> None:
         """Write one safetensors file, atomically. An existing file is replaced.
@@ -95,7 +121,12 @@ class SecondMoments:
             JDLoRAError: the disk refuses.
         """
         file = Path(file).absolute()
-        header = {"format_version": FORMAT_VERSION, "origin": asdict(self.origin), "inputs": dict(self.inputs)}
+        header = {
+            "format_version": FORMAT_VERSION,
+            "origin": asdict(self.origin),
+            "inputs": dict(self.inputs),
+            "gradients": dict(self.gradients),
+        }
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -125,25 +156,25 @@ class SecondMoments:
         file = Path(file)
         try:
             with safe_open(file, framework="pt") as content:
-                origin, inputs = _parsed_header((content.metadata() or {}).get(_HEADER))
+                origin, inputs, gradients = _parsed_header((content.metadata() or {}).get(_HEADER))
                 matrices = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise JDLoRAError(f"{file}: not a readable safetensors file ({error})") from error
         except JDLoRAError as error:
             raise JDLoRAError(f"{file}: {error}; make it anew with jdlora calibrate") from error
         try:
-            if set(inputs.values()) != set(matrices):
+            if {*inputs.values(), *gradients.values()} != set(matrices):
                 raise JDLoRAError("its list of slices and its matrices do not belong together")
             for key, matrix in matrices.items():
                 _check_matrix(key, matrix, content=verify)
         except JDLoRAError as error:
             raise JDLoRAError(f"{file}: damaged: {error}; make it anew with jdlora calibrate") from error
-        return SecondMoments(origin, inputs, matrices)
+        return SecondMoments(origin, inputs, matrices, gradients)
 
 
 def _check_matrix(key: str, c: Tensor, *, content: bool) -> None:
     if c.ndim != 2 or c.shape[0] != c.shape[1] or c.shape[0] == 0 or c.dtype != torch.float32:
-        raise JDLoRAError(f"{key} is {list(c.shape)} in {c.dtype}, not [d_in, d_in] in fp32")
+        raise JDLoRAError(f"{key} is {list(c.shape)} in {c.dtype}, not square in fp32")
     if not content:
         return
     if not bool(c.isfinite().all()):
@@ -159,7 +190,7 @@ def _check_matrix(key: str, c: Tensor, *, content: bool) -> None:
         raise JDLoRAError(f"{key} is not a second moment (it has negative directions)")
 
 
-def _parsed_header(text: str | None) -> tuple[Origin, dict[str, str]]:
+def _parsed_header(text: str | None) -> tuple[Origin, dict[str, str], dict[str, str]]:
     try:
         raw: Any = json.loads(text or "null")
     except (ValueError, RecursionError) as error:
@@ -168,8 +199,11 @@ def _parsed_header(text: str | None) -> tuple[Origin, dict[str, str]]:
         raise JDLoRAError("holds no second moments")
     if raw.get("format_version") != FORMAT_VERSION:
         raise JDLoRAError(f"format version {raw.get('format_version')!r:.20}, this program reads {FORMAT_VERSION}")
-    inputs = raw.get("inputs")
-    if not isinstance(inputs, dict) or not all(isinstance(key, str) for key in inputs.values()) or not inputs:
+    inputs, gradients = raw.get("inputs"), raw.get("gradients")
+    for names in (inputs, gradients):
+        if not isinstance(names, dict) or not all(isinstance(key, str) for key in names.values()):
+            raise JDLoRAError("its header lacks the list of slices")
+    if not inputs or (gradients and set(gradients) != set(inputs)):
         raise JDLoRAError("its header lacks the list of slices")
     try:
         fields = dict(raw["origin"])
@@ -181,4 +215,10 @@ def _parsed_header(text: str | None) -> tuple[Origin, dict[str, str]]:
         raise JDLoRAError("its header has no count of texts and tokens")
     if not isinstance(origin.text_sha256, str) or not _DIGEST.fullmatch(origin.text_sha256):
         raise JDLoRAError("its header has no digest of the text")
-    return origin, inputs
+    return origin, inputs, gradients
+
+
+def _missing(slice_name: str) -> str:
+    return (
+        f"no second moment for {slice_name}: calibrate with the modules of these adapters (jdlora calibrate --adapters)"
+    )

@@ -62,8 +62,11 @@ def print_report(collection: Collection, as_json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from vllm_jdlora.collection.schema import METRIC_ERRORS
+
     console = Console()
     size, error = facts["bytes"], facts["relative_error"]
+    in_metric = METRIC_ERRORS[facts["metric"]]
     # Names and reasons come from outside: never markup, never control characters.
     show = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     show(
@@ -81,14 +84,14 @@ def print_report(collection: Collection, as_json: bool) -> None:
     if facts["output_error"]:
         output, text = facts["output_error"], facts["calibration"]
         seen = f", on {text['tokens']} tokens of calibration text (sha256 {text['text_sha256'][:12]}…)" if text else ""
-        show(f"output error {output['mean']:.3f} (mean), {output['max']:.3f} (max){seen}")
+        show(f"{in_metric} {output['mean']:.3f} (mean), {output['max']:.3f} (max){seen}")
     if facts["error_floor"] is not None:
         show(
             f"certificate: for these clusters no bases of rank {facts['rank']} have a root mean square "
-            f"{'output' if facts['output_error'] else 'relative'} error below {facts['error_floor']:.3f}; these reach "
+            f"{in_metric} below {facts['error_floor']:.3f}; these reach "
             f"{facts['error_reached']:.3f} (over adapters and the slices certified)"
         )
-    columns = ["adapter", "cluster", "relative error", *(["output error"] if facts["output_error"] else []), "ρ"]
+    columns = ["adapter", "cluster", "relative error", *([in_metric] if facts["output_error"] else []), "ρ"]
     table = Table(*columns, box=None)
     for entry in sorted(facts["adapters"], key=lambda a: (a["cluster"], a["name"])):
         errors = [entry["relative_error"], *([entry["output_error"]] if facts["output_error"] else [])]

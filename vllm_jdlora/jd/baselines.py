@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.full import fit_full
-from vllm_jdlora.jd.metric import InputMetric
+from vllm_jdlora.jd.metric import SliceMetric
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 
 # Directions with less than this share of the strongest one's energy are rounding, not data.
@@ -30,23 +30,37 @@ class BaselineFit:
     numbers: int
 
 
-def svd_each(factors: Sequence[Factors | None], rank: int, *, second_moment: Tensor | None = None) -> BaselineFit:
+def svd_each(
+    factors: Sequence[Factors | None],
+    rank: int,
+    *,
+    second_moment: Tensor | None = None,
+    gradients: Tensor | None = None,
+) -> BaselineFit:
     """Truncated SVD of each ΔW_i: the best that an adapter of this rank can do (paper, baseline "SVD"; K = n).
 
     second_moment: C = E[xxᵀ] [d_in, d_in] of the module's input, any scale: then the best in E‖(ΔW_i − ·)x‖²
-    (ASVD, SVD-LLM). With C = LLᵀ and ΔW L = P S Qᵀ that is P_r P_rᵀ ΔW, which needs no inverse of L.
+    (ASVD, SVD-LLM). With C = LLᵀ and ΔW L = P S Qᵀ that is P_r P_rᵀ ΔW, which needs no inverse of L. gradients: G
+    [d_out, d_out] of the module's output too: then the best in that metric (`SliceMetric`), M⁻ᵀ P_r P_rᵀ Mᵀ ΔW with
+    G = MMᵀ and Mᵀ ΔW L = P S Qᵀ.
     Raises JDLoRAError for rank < 1 or a C that is no second moment.
     """
     _check(rank)
-    metric = None if second_moment is None else InputMetric.of(second_moment, "of the baseline")
+    metric = None if second_moment is None else SliceMetric.of(second_moment, "of the baseline")
+    if metric is not None and gradients is not None:
+        metric = metric.with_gradients(gradients, "of the baseline")
     kept: list[Factors | None] = []
     for f in factors:
         if f is None or metric is None:
             kept.append(None if f is None else truncated(f.b, f.a, rank))
             continue
-        left = truncated(f.b, metric.whitened(f.a.double()), rank).b.double()
+        b = metric.whitened_out(f.b.double())
+        left = truncated(b, metric.whitened(f.a.double()), rank).b.double()
         left = left / left.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-        kept.append(Factors(left.float(), ((left.T @ f.b.double()) @ f.a.double()).float()))
+        right = ((left.T @ b) @ f.a.double()).float()
+        if metric.root_out is not None:
+            left = torch.linalg.solve_triangular(metric.root_out.T, left, upper=True)
+        kept.append(Factors(left.float(), right))
     return BaselineFit(kept, sum(f.b.numel() + f.a.numel() for f in kept if f is not None))
 
 

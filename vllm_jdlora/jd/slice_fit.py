@@ -25,11 +25,14 @@ class Metric(Protocol):
     def applied_to(self, problem: SliceProblem) -> SliceProblem:
         """The same adapters in whitened coordinates, each of unit norm in this metric."""
 
-    def lifted(self, problem: SliceProblem, whitened: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
-        """V [R, d_in] for bases u, v that were fitted to `whitened`, what `applied_to` made of the problem."""
+    def lifted(self, problem: SliceProblem, whitened: SliceProblem, u: Tensor, v: Tensor) -> Bases:
+        """U and V for bases u, v that were fitted to `whitened`, what `applied_to` made of the problem."""
 
     def whitened(self, v: Tensor) -> Tensor:
         """Rows v [..., d_in] in whitened coordinates."""
+
+    def whitened_out(self, u: Tensor) -> Tensor:
+        """Columns u [d_out, ...] in whitened coordinates."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,11 @@ def fit_slice(
         start = None if before is None else _start(before, k, metric)
         u, v = method.fit(own, recipe.rank, start, recipe.max_sweeps)
         fitted_u[row], fitted_v[row] = u, v
-        cast_u = recipe.cast(u.float().T).T.contiguous()
-        cast_v = recipe.cast((v if metric is None else metric.lifted(plain, own, u, v)).float())
-        seen_v = cast_v if metric is None else metric.whitened(cast_v.double())
-        stored = method.refit(own, cast_u, seen_v)[0].to(recipe.sigma_dtype)
+        lifted_u, lifted_v = (u, v) if metric is None else metric.lifted(plain, own, u, v)
+        cast_u = recipe.cast(lifted_u.float().T).T.contiguous()
+        cast_v = recipe.cast(lifted_v.float())
+        seen_u, seen_v = seen(metric, cast_u, cast_v)
+        stored = method.refit(own, seen_u, seen_v)[0].to(recipe.sigma_dtype)
         finite = stored.isfinite().flatten(1).all(1)
         if not finite.all():
             raise ScalingOverflow(int(members[positions][int(finite.int().argmin())]), recipe.sigma_dtype)
@@ -165,7 +169,7 @@ def fit_slice(
         sigma[at] = stored.cpu()
         errors[0][at] = squared_errors(plain, cast_u, stored, cast_v).cpu()
         if metric is not None:
-            errors[1][at] = squared_errors(own, cast_u, stored, seen_v).cpu()
+            errors[1][at] = squared_errors(own, seen_u, stored, seen_v).cpu()
         if before is None:
             us.append(cast_u.cpu())
             vs.append(cast_v.cpu())
@@ -188,6 +192,11 @@ def fit_slice(
     )
 
 
+def seen(metric: Metric | None, u: Tensor, v: Tensor) -> Bases:
+    """Bases as the metric sees them: in whitened coordinates and fp64; themselves without a metric."""
+    return (u, v) if metric is None else (metric.whitened_out(u.double()), metric.whitened(v.double()))
+
+
 def _errors(n: int, before: SliceFit | None, metric: Metric | None) -> list[Tensor]:
     """Squared errors [n] to be filled in: Frobenius, and in the metric where there is one."""
     if before is not None:
@@ -200,5 +209,5 @@ def _start(before: SliceFit, k: int, metric: Metric | None) -> Bases | None:
     u, v = before.u[k].double(), before.v[k].double()
     if not (u.any() and v.any()):
         return None
-    v = v if metric is None else metric.whitened(v)
+    u, v = seen(metric, u, v)
     return torch.linalg.qr(u).Q.float(), torch.linalg.qr(v.T).Q.T.float().contiguous()
