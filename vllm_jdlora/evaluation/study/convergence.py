@@ -49,13 +49,14 @@ def convergence(study: Study) -> Part:
         study.steps.add("convergence", what, curves)
     else:
         study.tick(count)
-    return Part(facts={"energy_lost": curves, "slices": what["convergence"], "rank": RANK})
+    return Part(facts={"energy_lost": curves, "slices": what["convergence"], "most_rank": RANK})
 
 
 def _of_slice(factors: Sequence[Factors | None], name: str) -> Iterator[tuple[str, list[float]]]:
     problem = SliceProblem.from_factors(factors, name)
     n = max(1, len(problem))
-    rank = min(RANK, *problem.bt.shape[1:], *problem.a.shape[1:])
+    # In all directions of the stack every start is exact.
+    rank = max(1, min(RANK, problem.rows // 2, problem.bt.shape[1] - 1, problem.a.shape[1] - 1))
     yield _CURVES[0], [max(0.0, 1 - captured / n) for captured in fit_full(problem, rank, max_sweeps=SWEEPS).captured]
     members = list(unit_members(factors).values())
     for seed in range(SEEDS):
