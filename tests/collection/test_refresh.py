@@ -15,6 +15,7 @@ from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.edit import add, remove
 from vllm_jdlora.collection.refresh import expected_drift, refresh
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.jd import slice_fit
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +152,13 @@ def test_an_adapter_that_starts_in_the_wrong_cluster_is_moved(tmp_path, monkeypa
     """Rank 4 is full with one family, so the refitted bases cannot bend towards the odd one out."""
     adapters = [read_adapter(write_member(tmp_path / f"f{f}-{i}", f, 10 * f + i)) for f in range(2) for i in range(4)]
     old = compress(adapters, tmp_path / "c", rank=4, clusters=2, dtype="fp32").manifest
-    right = members.members_of
+    right = members.clusters_of
 
     def one_wrong(*args):
-        found, labels = right(*args)
-        return found, torch.cat([1 - labels[:1], labels[1:]])
+        labels = right(*args)
+        return torch.cat([1 - labels[:1], labels[1:]])
 
-    monkeypatch.setattr(refresh_module, "members_of", one_wrong)
+    monkeypatch.setattr(refresh_module, "clusters_of", one_wrong)
     done = refresh(tmp_path / "c", adapters, tmp_path / "n")
     assert [a.cluster for a in done.collection.manifest.adapters] == [a.cluster for a in old.adapters]
 
@@ -166,7 +167,7 @@ def test_the_fit_starts_from_the_old_bases(tmp_path, monkeypatch):
     """One sweep from converged bases keeps their error; from nothing it would not reach it."""
     adapters = [read_adapter(write_member(tmp_path / "in" / f"a{i}", i, i)) for i in range(6)]
     old = compress(adapters, tmp_path / "c", rank=6, clusters=1, dtype="fp32")
-    fit = refresh_module.fit_full
+    fit = slice_fit.fit_full
     starts = []
 
     def once(problem, rank, *, start, max_sweeps):
@@ -175,7 +176,7 @@ def test_the_fit_starts_from_the_old_bases(tmp_path, monkeypatch):
         assert warm > cold
         return fit(problem, rank, start=start, max_sweeps=1)
 
-    monkeypatch.setattr(refresh_module, "fit_full", once)
+    monkeypatch.setattr(slice_fit, "fit_full", once)
     done = refresh(tmp_path / "c", adapters, tmp_path / "n")
     assert len(starts) == len(old.manifest.slices)
     before, after = (c.slice_errors().double().square().sum() for c in (old, done.collection))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.jd.dense import dense, family_factors, random_factors
-from vllm_jdlora.jd.arrival import captured_by_spans, missing_directions
+from vllm_jdlora.jd.arrival import captured_by_spans, lifted_columns, missing_directions
 from vllm_jdlora.jd.problem import SliceProblem
 
 
@@ -85,3 +85,19 @@ def test_adapters_that_the_bases_hold_give_no_new_direction():
     p, q = missing_directions(SliceProblem.from_factors(factors, "s"), u, v.T, 2)
     assert not p.any() and not q.any()
     assert p.shape == (20, 2) and q.shape == (2, 20)
+
+
+def test_columns_are_lifted_out_of_a_metric_without_its_inverse():
+    """Dependent columns too, and a metric that mutes some directions: the lift whitens to what was wanted."""
+    draw = torch.Generator().manual_seed(4)
+    plain = torch.randn(30, 6, generator=draw).double()
+    plain = torch.cat([plain, plain[:, :2] @ torch.randn(2, 3, generator=draw).double()], 1)
+    root = torch.randn(30, 30, generator=draw).double() @ torch.diag(torch.logspace(0, -6, 30).double())
+    whitened = root.T @ plain
+    wanted = torch.linalg.qr(whitened[:, :6]).Q[:, 3:5]
+    wanted = torch.nn.functional.pad(wanted, (0, 1))
+    lifted = lifted_columns(wanted, whitened, plain)
+    torch.testing.assert_close(root.T @ lifted, wanted, rtol=0, atol=1e-8)  # fp64 and columns of little energy
+    assert not lifted[:, 2].any()
+    spanned = plain @ torch.linalg.pinv(plain)
+    torch.testing.assert_close(spanned @ lifted, lifted, rtol=1e-8, atol=1e-8)

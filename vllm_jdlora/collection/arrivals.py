@@ -11,10 +11,12 @@ from torch import Tensor
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape
 from vllm_jdlora.collection.base_model import name_problem, of_one_base_model
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
+from vllm_jdlora.collection.own_metric import MetricOfSlice, in_metric, seen_by_cluster
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.arrival import captured_by_spans
-from vllm_jdlora.jd.problem import Factors, SliceProblem, squared_error
-from vllm_jdlora.jd.projection import refit_sigma
+from vllm_jdlora.jd.problem import Factors, SliceProblem
+from vllm_jdlora.jd.projection import squared_errors
+from vllm_jdlora.jd.slice_fit import METHODS, seen
 
 # Clusters that hold less than half of what the best one does on a few slices are not compared on all of them: saves
 # most of the time for an adapter of a family that is there, nothing for a stranger, whose best cluster is a near tie.
@@ -30,6 +32,13 @@ class Projections:
     sigma: Tensor  # [m, S, R, R] or [m, S, R] (JD-Diag), stored dtype; zero where an adapter has nothing
     relative_error: Tensor  # [m] fp64, ‖ΔW − UΣV‖_F / ‖ΔW‖_F over all slices, not squared
     slice_errors: Tensor  # [m, S] fp32, NaN where an adapter has nothing
+    output_error: Tensor | None = None  # both in the collection's metric, where its moments are at hand
+    slice_output_errors: Tensor | None = None
+
+    @property
+    def judged(self) -> Tensor:
+        """[m] fp64, the error that limits and comparisons are about: in the metric where it is known."""
+        return self.relative_error if self.output_error is None else self.output_error
 
 
 def check_base_model(collection: Collection, adapters: Sequence[Adapter], asked: str | None) -> None:
@@ -77,8 +86,8 @@ def problem_of(factors: Sequence[Factors | None], slice_name: str) -> SliceProbl
     return SliceProblem.from_factors(factors, slice_name) if any(f is not None for f in factors) else None
 
 
-def best_clusters(collection: Collection, adapters: Sequence[Adapter]) -> Tensor:
-    """[m] int64: the cluster whose bases leave each adapter the smallest relative error over all slices.
+def best_clusters(collection: Collection, adapters: Sequence[Adapter], metrics: MetricOfSlice | None = None) -> Tensor:
+    """[m] int64: the cluster whose bases leave each adapter the smallest error (in the metric) over all slices.
 
     A few slices that all the adapters have leave a short list of clusters; only those are compared on all slices.
     """
@@ -88,25 +97,34 @@ def best_clusters(collection: Collection, adapters: Sequence[Adapter]) -> Tensor
         common = [part for part in collection.manifest.slices if all(part.name in a.slices for a in adapters)]
         probes = common[:: max(1, len(common) // _PROBES)][:_PROBES]
         if len(common) > len(probes) > 0:
-            tried = _captured(collection, adapters, probes, listed)
+            tried = _captured(collection, adapters, probes, listed, metrics)
             listed = (tried >= _NEAR * tried.max(1, keepdim=True).values).any(0).nonzero()[:, 0]
     if len(listed) == 1:
         return listed.repeat(len(adapters))
-    return listed[_captured(collection, adapters, collection.manifest.slices, listed).argmax(1)]
+    return listed[_captured(collection, adapters, collection.manifest.slices, listed, metrics).argmax(1)]
 
 
 def _captured(
-    collection: Collection, adapters: Sequence[Adapter], slices: Sequence[SliceShape], listed: Tensor
+    collection: Collection,
+    adapters: Sequence[Adapter],
+    slices: Sequence[SliceShape],
+    listed: Tensor,
+    metrics: MetricOfSlice | None,
 ) -> Tensor:
-    """[m, listed clusters] fp64: the squared norm that each cluster's bases hold of each adapter."""
+    """[m, listed clusters] fp64: the squared norm (in the metric) that each cluster's bases hold of each adapter."""
     captured = torch.zeros(len(adapters), len(listed), dtype=torch.float64)
-    # JD-Diag's columns are not orthogonal, those of the activation metric only in that metric.
-    orthonormal = collection.manifest.method == "full" and collection.manifest.metric == "frobenius"
+    manifest = collection.manifest
     for part in slices:
         problem = problem_of(factors_of(adapters, part.name), part.name)
-        if problem is not None:
-            u, v = collection.basis(part.name)
-            captured[problem.members] += captured_by_spans(problem, u[listed], v[listed], orthonormal=orthonormal)
+        if problem is None:
+            continue
+        metric, view = in_metric(metrics, part.name, problem)
+        u, v = seen_by_cluster(metric, *(side[listed] for side in collection.basis(part.name)))
+        if manifest.method == "diag":  # a diagonal Σ holds less than the spans do
+            held = METHODS["diag"].captured(view, u, v) * view.squared_norms[:, None]
+        else:  # bases of another metric are orthonormal only in it, where a lift and bases that grew tilt them
+            held = captured_by_spans(view, u, v, orthonormal=manifest.metric == "frobenius")
+        captured[problem.members] += held
     return captured
 
 
@@ -116,52 +134,48 @@ def project(
     *,
     cluster: Tensor | None = None,
     bases: Sequence[tuple[Tensor, Tensor]] | None = None,
+    metrics: MetricOfSlice | None = None,
+    given: Tensor | None = None,
 ) -> Projections:
-    """The best Σ (in the Frobenius norm) of adapters that have no reason to stay plain.
+    """The best Σ of adapters that have no reason to stay plain: of least error in the metric, or in Frobenius norm.
 
     cluster: [m] clusters to use (default: the best ones). bases: other bases than the collection's, for each slice
-    (U [K, d_out, R], V [K, R, d_in]) in the stored dtype. Σ values too large for the stored dtype come out infinite.
+    (U [K, d_out, R], V [K, R, d_in]) in the stored dtype. given: Σ of `Projections.sigma`'s shape to be measured in the
+    place of the best. Σ values too large for the stored dtype come out infinite.
     """
-    cluster = best_clusters(collection, adapters) if cluster is None else cluster
-    slices = collection.manifest.slices
-    dtype = TORCH_DTYPES[collection.manifest.dtype]
+    cluster = best_clusters(collection, adapters, metrics) if cluster is None else cluster
+    manifest = collection.manifest
+    slices, dtype, refit = manifest.slices, TORCH_DTYPES[manifest.dtype], METHODS[manifest.method].refit
     sigma: Tensor | None = None
-    norms, errors = (torch.zeros(len(adapters), len(slices), dtype=torch.float64) for _ in range(2))
+    # Frobenius, and in the metric.
+    norms, errors = (torch.zeros(2, len(adapters), len(slices), dtype=torch.float64) for _ in range(2))
     for m, part in enumerate(slices):
         u, v = collection.basis(part.name) if bases is None else bases[m]
         if sigma is None:
-            sigma = torch.zeros(len(adapters), len(slices), *_sigma_shape(collection, u.shape[2]), dtype=dtype)
-        factors = factors_of(adapters, part.name)
-        problem = problem_of(factors, part.name)
+            shape = (u.shape[2],) * (1 if manifest.method == "diag" else 2)
+            sigma = torch.zeros(len(adapters), len(slices), *shape, dtype=dtype)
+        problem = problem_of(factors_of(adapters, part.name), part.name)
         if problem is None:
             continue
-        norms[problem.members, m] = problem.squared_norms
+        metric, view = in_metric(metrics, part.name, problem)
+        norms[0, problem.members, m], norms[1, problem.members, m] = problem.squared_norms, view.squared_norms
         for k in cluster[problem.members].unique().tolist():
-            members = problem.subset((cluster[problem.members] == k).nonzero()[:, 0])
-            for i, best in zip(members.members.tolist(), _best_sigma(collection, members, u[k], v[k]), strict=True):
-                sigma[i, m] = best.to(dtype)
-                stored = sigma[i, m].double()
-                f = factors[i]
-                assert f is not None
-                errors[i, m] = squared_error(f.b, f.a, u[k], stored.diag() if stored.ndim == 1 else stored, v[k])
+            positions = (cluster[problem.members] == k).nonzero()[:, 0]
+            plain, own = problem.subset(positions), view.subset(positions)
+            seen_u, seen_v = seen(metric, u[k], v[k])
+            best = refit(own, seen_u, seen_v)[0].to(dtype) if given is None else given[own.members, m].to(dtype)
+            sigma[own.members, m] = best
+            errors[0, own.members, m] = squared_errors(plain, u[k], best, v[k])
+            if metric is not None:
+                errors[1, own.members, m] = squared_errors(own, seen_u, best, seen_v)
     assert sigma is not None
+    whole = (errors.sum(2) / norms.sum(2).clamp_min(_TINY)).sqrt()
+    by_slice = (errors / norms).sqrt().float()
     return Projections(
         cluster=cluster,
         sigma=sigma,
-        relative_error=(errors.sum(1) / norms.sum(1).clamp_min(_TINY)).sqrt(),
-        slice_errors=(errors / norms).sqrt().float(),
+        relative_error=whole[0],
+        slice_errors=by_slice[0],
+        output_error=None if metrics is None else whole[1],
+        slice_output_errors=None if metrics is None else by_slice[1],
     )
-
-
-def _sigma_shape(collection: Collection, rank: int) -> tuple[int, ...]:
-    return (rank,) if collection.manifest.method == "diag" else (rank, rank)
-
-
-def _best_sigma(collection: Collection, problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
-    """[m, R, R], or [m, R] for JD-Diag: (UᵀU ∘ VVᵀ) σ = diag(Uᵀ ΔW Vᵀ), the normal equations of a diagonal Σ."""
-    if collection.manifest.method != "diag":
-        return refit_sigma(problem, u, v)[0]
-    left, right = u.double(), v.double().T
-    overlap = problem.sigmas(problem.bt.double() @ left, problem.a.double() @ right).diagonal(dim1=1, dim2=2)
-    gram = (left.T @ left) * (right.T @ right)
-    return (overlap * problem.scale[:, None]) @ torch.linalg.pinv(gram, rtol=1e-10, hermitian=True)

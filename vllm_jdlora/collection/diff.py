@@ -9,7 +9,7 @@ from vllm_jdlora.collection.io import Collection
 from vllm_jdlora.collection.schema import BASES_FILE, CollectionManifest
 
 # Compared apart from the settings, or following from other fields.
-_NOT_SETTINGS = ("adapters", "plain", "skipped", "files", "revision", "slices")
+_NOT_SETTINGS = ("adapters", "plain", "skipped", "files", "revision", "slices", "error_floor", "error_reached")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from vllm_jdlora.adapter import Adapter
 from vllm_jdlora.collection.arrivals import Projections, factors_of
 from vllm_jdlora.collection.io import Collection
 from vllm_jdlora.collection.members import surrogate
-from vllm_jdlora.jd.full import fit_full
+from vllm_jdlora.collection.own_metric import MetricOfSlice, in_metric, orthonormal, seen_by_cluster
+from vllm_jdlora.collection.schema import METRIC_ERRORS
 from vllm_jdlora.jd.problem import Factors, SliceProblem
+from vllm_jdlora.jd.slice_fit import METHODS
 
 # Arrivals that fit about as well as the stored adapters give no reason to look further.
 _MARGIN = 1.1
@@ -25,7 +27,7 @@ _PROBE_SWEEPS = 4
 
 @dataclass(frozen=True)
 class ClusterDrift:
-    """One cluster that takes arrivals; errors are means of relative errors (not squared)."""
+    """One cluster that takes arrivals; errors are means, of the kind that the drift is about."""
 
     cluster: int
     stored: int
@@ -36,17 +38,23 @@ class ClusterDrift:
 
 @dataclass(frozen=True)
 class Drift:
-    """Mean relative errors (not squared) of stored adapters and arrivals; the last two of all of them together.
+    """Mean errors (not squared) of stored adapters (None: not known) and arrivals; the last two of all together.
 
-    ``after_rebuild`` is an estimate from refits of a few slices; both are None where the arrivals fit as well as the
-    stored adapters and no refit was tried.
+    ``kind`` says which: of the collection's metric where its moments are at hand, else the relative error.
+    ``after_rebuild`` is an estimate from refits of a few slices; both are None where no refit was tried: the arrivals
+    ``fit`` as well as the stored adapters, or the metric in which a rebuild would fit is not at hand.
     """
 
-    stored_error: float
+    stored_error: float | None
     arrivals_error: float
     clusters: tuple[ClusterDrift, ...]
     before_rebuild: float | None = None
     after_rebuild: float | None = None
+    kind: str = METRIC_ERRORS["frobenius"]
+
+    @property
+    def fit(self) -> bool:
+        return self.stored_error is not None and self.arrivals_error <= _MARGIN * self.stored_error
 
     @property
     def rebuild_pays(self) -> bool:
@@ -58,12 +66,11 @@ class Drift:
 
     def told(self) -> str:
         """One line for people."""
-        line = (
-            f"drift: relative error of new adapters {self.arrivals_error:.3f} (mean), of the stored ones "
-            f"{self.stored_error:.3f}"
-        )
+        stored = "not known" if self.stored_error is None else f"{self.stored_error:.3f}"
+        line = f"drift: {self.kind} of new adapters {self.arrivals_error:.3f} (mean), of the stored ones {stored}"
         if self.before_rebuild is None or self.after_rebuild is None:
-            return f"{line}: they fit the bases"
+            why = "they fit the bases" if self.fit else "without second moments a rebuild cannot be estimated"
+            return f"{line}: {why}"
         change = f"a rebuild would change the mean error of all from {self.before_rebuild:.3f} to about "
         return f"{line}; {change}{self.after_rebuild:.3f}: {'it pays' if self.rebuild_pays else 'it does not pay yet'}"
 
@@ -74,33 +81,51 @@ def drift(
     found: Projections,
     *,
     originals: Mapping[str, Adapter] | None = None,
+    metrics: MetricOfSlice | None = None,
 ) -> Drift:
     """How the arrivals fit, and what a refit of the clusters that take them would give.
 
     found: the arrivals on the collection's bases. originals: stored adapters whose uncompressed form is at hand; the
-    others stand in the probe refits as their UΣV, whose old error is added in quadrature. Slices of the probe refits
-    are spread evenly over the model; in a JD-Diag collection none is tried.
+    others stand in the probe refits as their UΣV, whose old error is added in quadrature. metrics: what `found` was
+    projected in. Slices of the probe refits are spread evenly over the model. Stored adapters whose error in the
+    metric is not known (they were added without moments) do not count.
     """
     entries = collection.manifest.adapters
     stored = torch.tensor([entry.relative_error for entry in entries], dtype=torch.float64)
+    if metrics is not None:
+        known = [float("nan") if entry.output_error is None else entry.output_error for entry in entries]
+        stored = torch.tensor(known, dtype=torch.float64)
     labels = torch.tensor([entry.cluster for entry in entries])
     clusters = tuple(
         ClusterDrift(
             cluster=k,
             stored=int((labels == k).sum()),
             arrivals=int((found.cluster == k).sum()),
-            stored_error=float(stored[labels == k].mean()) if bool((labels == k).any()) else None,
-            arrivals_error=float(found.relative_error[found.cluster == k].mean()),
+            stored_error=_mean(stored[labels == k]),
+            arrivals_error=float(found.judged[found.cluster == k].mean()),
         )
         for k in found.cluster.unique().tolist()
     )
-    result = Drift(float(stored.mean()), float(found.relative_error.mean()), clusters)
-    if result.arrivals_error <= _MARGIN * result.stored_error or collection.manifest.method != "full":
+    own = collection.manifest.metric
+    result = Drift(
+        _mean(stored),
+        float(found.judged.mean()),
+        clusters,
+        kind=METRIC_ERRORS["frobenius" if metrics is None else own],
+    )
+    if result.fit or (metrics is None and own != "frobenius"):
         return result
-    now, then = _probed(collection, arrivals, found, originals or {}, labels)
-    everyone = float(torch.cat([stored, found.relative_error]).mean())
+    now, then = _probed(collection, arrivals, found, originals or {}, labels, metrics)
+    everyone = torch.cat([stored, found.judged])
+    mean = float(everyone[~everyone.isnan()].mean())
     # A few slices may be better or worse than most: only their ratio is used.
-    return Drift(result.stored_error, result.arrivals_error, clusters, everyone, everyone * then / now)
+    return replace(result, before_rebuild=mean, after_rebuild=mean * then / now)
+
+
+def _mean(errors: Tensor) -> float | None:
+    """Of those that are known; None where none is."""
+    known = errors[~errors.isnan()]
+    return float(known.mean()) if len(known) else None
 
 
 def _probed(
@@ -109,11 +134,16 @@ def _probed(
     found: Projections,
     originals: Mapping[str, Adapter],
     labels: Tensor,
+    metrics: MetricOfSlice | None,
 ) -> tuple[float, float]:
-    """Mean relative error of all adapters over the probe slices: today, and after a refit of the changed clusters."""
+    """Mean error of all adapters over the probe slices: today, and after a refit of the changed clusters."""
     slices, entries = collection.manifest.slices, collection.manifest.adapters
-    n = len(entries)
-    today_by_slice = torch.cat([collection.slice_errors(), found.slice_errors]).double().square()
+    n, method = len(entries), METHODS[collection.manifest.method]
+    before = (collection.slice_errors(), found.slice_errors)
+    in_it = (collection.slice_output_errors(), found.slice_output_errors)
+    if metrics is not None and in_it[0] is not None and in_it[1] is not None:
+        before = (in_it[0], in_it[1])
+    today_by_slice = torch.cat(before).double().square()
     step = max(1, len(slices) // _PROBES)
     norms, now, then = (torch.zeros(n + len(arrivals), dtype=torch.float64) for _ in range(3))
     everyone = torch.cat([labels, found.cluster])
@@ -126,9 +156,11 @@ def _probed(
             for row, e in enumerate(entries)
         ]
         factors = [None if pair is None else Factors(*pair) for pair in known] + factors_of(arrivals, name)
-        problem = SliceProblem.from_factors(factors, name)
+        metric, problem = in_metric(metrics, name, SliceProblem.from_factors(factors, name))
+        u, v = orthonormal(*seen_by_cluster(metric, u, v))
         at = problem.members
-        today = today_by_slice[at, m].nan_to_num(0.0)
+        # NaN where an error is not known: such adapters take part in the refits and not in the means.
+        today = today_by_slice[at, m]
         # UΣV holds 1 − e² of its original's squared norm.
         stands_in = torch.tensor([i < n and entries[i].name not in originals for i in at.tolist()])
         whole = problem.squared_norms / torch.where(stands_in, (1 - today).clamp_min(0.01), 1.0)
@@ -136,12 +168,12 @@ def _probed(
         for k in changed:
             positions = (everyone[at] == k).nonzero()[:, 0]
             members = problem.subset(positions)
-            fit = fit_full(members, u.shape[2], start=(u[k], v[k]), max_sweeps=_PROBE_SWEEPS)
-            left = 1 - (fit.sigma.double().square().flatten(1).sum(1) / members.squared_norms)
+            bases = method.fit(members, u.shape[2], (u[k], v[k]), _PROBE_SWEEPS)
+            left = method.refit(members, *bases)[1] / members.squared_norms
             own = today[positions]
-            lost[positions] = torch.where(stands_in[positions], own + (1 - own) * left, left).clamp_min(0)
+            lost[positions] = torch.where(stands_in[positions], own + (1 - own) * left, left + 0 * own).clamp_min(0)
         norms[at] += whole
         now[at] += today * whole
         then[at] += lost * whole
-    present = norms > 0
+    present = (norms > 0) & ~now.isnan() & ~then.isnan()
     return tuple(float((x[present] / norms[present]).sqrt().mean()) for x in (now, then))  # type: ignore[return-value]

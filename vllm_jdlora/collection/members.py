@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm_jdlora.adapter import Adapter, SliceShape, read_adapter
 from vllm_jdlora.collection.arrivals import best_clusters
 from vllm_jdlora.collection.io import Collection
+from vllm_jdlora.collection.own_metric import MetricOfSlice
 from vllm_jdlora.collection.rewrite import common_slices
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.problem import Factors
@@ -36,27 +37,30 @@ def at_hand_of(old: Collection, originals: Sequence[Adapter]) -> dict[str, Adapt
     return at_hand
 
 
-def members_of(old: Collection, adapters: Sequence[Adapter]) -> tuple[list[Member], Tensor]:
-    """Every adapter of the new collection in the order of names, and the cluster [n] it starts from.
+def members_of(old: Collection, adapters: Sequence[Adapter]) -> list[Member]:
+    """Every adapter of the new collection in the order of names."""
+    rows = {entry.name: row for row, entry in enumerate(old.manifest.adapters)}
+    at_hand = {a.name: a for a in adapters}
+    return [Member(name, at_hand.get(name), rows.get(name)) for name in sorted(rows.keys() | at_hand.keys())]
+
+
+def clusters_of(old: Collection, members: Sequence[Member], metrics: MetricOfSlice | None) -> Tensor:
+    """The cluster [n] that each member starts from.
 
     Newcomers, and adapters whose content changed, start in the cluster that fits them best: alternation alone seldom
     moves an adapter, because the bases that are refitted with it bend towards it.
     """
-    rows = {entry.name: row for row, entry in enumerate(old.manifest.adapters)}
-    at_hand = {a.name: a for a in adapters}
-    members = [Member(name, at_hand.get(name), rows.get(name)) for name in sorted(rows.keys() | at_hand.keys())]
     labels = torch.zeros(len(members), dtype=torch.int64)
-    arrivals = []
+    arrivals: dict[int, Adapter] = {}
     for i, member in enumerate(members):
         entry = None if member.row is None else old.manifest.adapters[member.row]
-        if entry is None or (member.adapter is not None and member.adapter.sha256 != entry.sha256):
-            arrivals.append(i)
-        else:
+        if member.adapter is not None and (entry is None or member.adapter.sha256 != entry.sha256):
+            arrivals[i] = member.adapter
+        elif entry is not None:
             labels[i] = entry.cluster
     if arrivals:
-        known = [at_hand[members[i].name] for i in arrivals]
-        labels[arrivals] = best_clusters(old, known)
-    return members, labels
+        labels[list(arrivals)] = best_clusters(old, list(arrivals.values()), metrics)
+    return labels
 
 
 def slices_of(old: Collection, members: Sequence[Member]) -> list[SliceShape]:
@@ -87,16 +91,28 @@ def factors_of_members(old: Collection, members: Sequence[Member], name: str) ->
 
 
 def bound_surrogates(
-    old: Collection, members: Sequence[Member], slices: Sequence[SliceShape], whole: Tensor, by_slice: Tensor
+    old: Collection,
+    members: Sequence[Member],
+    slices: Sequence[SliceShape],
+    whole: Tensor,
+    by_slice: Tensor,
+    *,
+    outputs: bool,
 ) -> None:
-    """ε of UΣV -> e + (1 + e)·ε of its original, in place: ‖W − X‖ ≤ ‖W − W̃‖ + ‖W̃ − X‖ and ‖W̃‖ ≤ (1 + e)‖W‖."""
+    """ε of UΣV -> e + (1 + e)·ε of its original, in place: ‖W − X‖ ≤ ‖W − W̃‖ + ‖W̃ − X‖ and ‖W̃‖ ≤ (1 + e)‖W‖.
+
+    whole [n] over all slices, by_slice [n, S]. outputs: errors in the collection's metric, NaN where e is not known.
+    """
     places = {part.name: m for m, part in enumerate(old.manifest.slices)}
-    before = old.slice_errors().double()
+    stored = old.slice_output_errors() if outputs else old.slice_errors()
+    assert stored is not None
+    before = stored.double()
     for i, member in enumerate(members):
         if member.adapter is not None or member.row is None:
             continue
-        e = old.manifest.adapters[member.row].relative_error
-        whole[i] = e + (1 + e) * whole[i]
+        entry = old.manifest.adapters[member.row]
+        e = entry.output_error if outputs else entry.relative_error
+        whole[i] = float("nan") if e is None else e + (1 + e) * whole[i]
         for m, part in enumerate(slices):
             if part.name in places:
                 old_error = before[member.row, places[part.name]]

@@ -31,6 +31,7 @@ from vllm_jdlora.collection.schema import (
     scalings_file,
 )
 from vllm_jdlora.collection.source import common_slices
+from vllm_jdlora.collection.tensors import as_stored
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.peft_config import CONFIG_FILE
 
@@ -106,11 +107,13 @@ class Draft:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(adapter.path / file, target / file)
 
-    def bases(self, slices: Sequence[SliceShape], bases: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """(U [K, d_out, R], V [K, R, d_in]) of each slice, in the stored dtype."""
-        tensors = {}
-        for part, (u, v) in zip(slices, bases, strict=True):
-            tensors[f"{part.name}.U"], tensors[f"{part.name}.V"] = u, v
+    def bases(self, slices: Sequence[SliceShape], bases: Sequence[tuple[Tensor, Tensor]], quantize: str) -> None:
+        """(U [K, d_out, R], V [K, R, d_in]) of each slice, with values as stored: in the stored dtype, or rounded to
+        what `quantize` can hold."""
+        tensors: dict[str, Tensor] = {}
+        for part, pair in zip(slices, bases, strict=True):
+            names = [f"{part.name}.{side}" for side in ("U", "V", "U_scale", "V_scale")]
+            tensors |= zip(names, as_stored(*pair, quantize), strict=False)
         self.save(BASES_FILE, tensors)
 
     def errors(self, relative: Tensor, output: Tensor | None = None) -> None:
@@ -203,7 +206,7 @@ def write_new(
     bases: (U [K, d_out, R], V [K, R, d_in]) for each slice; sigma [n, S, R, R]; slice_errors [n, S].
     """
     draft = Draft(folder, None, in_place=False)
-    draft.bases(slices, bases)
+    draft.bases(slices, bases, "none")
     draft.all_scalings(sigma)
     draft.errors(slice_errors)
     draft.seal(

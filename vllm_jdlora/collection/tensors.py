@@ -34,7 +34,7 @@ def write_tensors(
 
     def bases() -> Iterator[Tensor]:
         for index in range(len(slices)):
-            yield from _stored(fit.slice(index).u[used], fit.slice(index).v[used], quantize)
+            yield from as_stored(fit.slice(index).u[used], fit.slice(index).v[used], quantize)
             report("write", index + 1, total)
 
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -69,8 +69,8 @@ def write_tensors(
     return files
 
 
-def _stored(u: Tensor, v: Tensor, quantize: str) -> list[Tensor]:
-    """What the file holds of one slice's bases, whose values are as stored already."""
+def as_stored(u: Tensor, v: Tensor, quantize: str) -> list[Tensor]:
+    """What the file holds of one slice's bases, whose values are as stored already: U, V and, in 8 bits, scales."""
     if quantize == "none":
         return [u, v]
     (steps_u, scale_u), (steps_v, scale_v) = quantized(u.mT, quantize), quantized(v, quantize)

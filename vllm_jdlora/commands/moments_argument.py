@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
-    from vllm_jdlora.adapter import SliceShape
+    from vllm_jdlora.adapter import Adapter, SliceShape
+    from vllm_jdlora.collection import Collection
     from vllm_jdlora.collection.second_moments import SecondMoments
 
 
@@ -36,3 +38,36 @@ def moments_from(
         raise JDLoRAError(f"{asked_by} needs {error.name}: install vllm-jdlora[evaluate]") from None
     texts = calibration_texts(Path(base_model), calibration)
     return gather_cached(Path(base_model), texts, slices, progress=show)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """For commands that change a collection; beside their --base-model."""
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of a collection in the activation metric: its moments from jdlora calibrate (.safetensors), or its text, "
+        "which the folder --base-model then runs",
+    )
+
+
+def moments_of_collection(
+    collection: Collection, adapters: Sequence[Adapter], calibration: Path | None, base_model: str | None, show: Any
+) -> SecondMoments | None:
+    """Second moments for the slices of a collection and of adapters that come to it.
+
+    None where the collection was fitted in the Frobenius norm, or where there is nothing to get them from. Raises
+    JDLoRAError for a calibration that such a collection does not have.
+    """
+    manifest = collection.manifest
+    if manifest.metric == "frobenius":
+        if calibration is not None:
+            raise JDLoRAError(f"{collection.path}: was fitted in the Frobenius norm: leave out --calibration")
+        return None
+    if calibration is None and (base_model is None or not Path(base_model).is_dir()):
+        return None
+    slices = {part.shape.name: part.shape for a in adapters if not a.plain_only for part in a.slices.values()}
+    slices |= {part.name: part for part in manifest.slices}
+    # The collection's own order first: what was gathered when it was compressed is found again.
+    ordered = sorted(slices.values(), key=lambda part: part not in manifest.slices)
+    return moments_from(calibration, base_model, ordered, show, asked_by=f"the {manifest.metric} metric")

@@ -9,6 +9,8 @@ from vllm_jdlora.jd.problem import SliceProblem
 
 # Basis directions below this share of the strongest are zero padding.
 _PADDING = 1e-6
+# Combinations of columns below this share of the strongest are rounding: the columns depend on each other.
+_DEPENDENT = 1e-10
 # A direction with less than this share of the arrivals' squared norm is rounding of their fp32 factors.
 _NO_ENERGY = 1e-13
 # Sweeps of the appended directions against each other; the first ones already come from an eigendecomposition.
@@ -57,6 +59,17 @@ def missing_directions(problem: SliceProblem, u: Tensor, v: Tensor, extra: int) 
         t = torch.cat([inside_in, core.a @ q], 1)
         p = _leading(core.bt, core.through_own(t, core.bt), extra)
     return _padded(out @ p, extra), _padded(into @ q, extra).T.contiguous()
+
+
+def lifted_columns(wanted: Tensor, whitened: Tensor, plain: Tensor) -> Tensor:
+    """[d, D] fp64: the combinations of the columns `plain` [d, P] that those of `whitened` [d, P] make `wanted` [d, D].
+
+    plain and whitened: the same columns before and in a metric's coordinates, whose span holds the wanted ones.
+    """
+    columns = whitened.double()
+    scale = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    combination = torch.linalg.lstsq(columns / scale, wanted.double(), rcond=_DEPENDENT, driver="gelsd").solution
+    return (plain.double() / scale) @ combination
 
 
 def _inverse_gram(grams: Tensor) -> Tensor:
