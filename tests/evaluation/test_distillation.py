@@ -1,22 +1,28 @@
 """Distillation of Σ: against divergences computed from merged weights, and on collections as users have them."""
 
+import gc
 import json
+import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests import tiny_llama, tiny_tokenizer
+from tests.collection.measured import moments_that_shun, stored_error
 from vllm_jdlora.adapter import read_adapters
 from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.schema import BaseModel
 from vllm_jdlora.collection.second_moments import Origin, SecondMoments
+from vllm_jdlora.evaluation import distillation
 from vllm_jdlora.evaluation.distil_collection import on_own_activations
-from vllm_jdlora.evaluation.distillation import DistillationSettings, Distiller
+from vllm_jdlora.evaluation.distillation import DistillationSettings, Distilled, Distiller
+from vllm_jdlora.evaluation.scored_logits import scored_logits
 from vllm_jdlora.evaluation.tasks import read_task
-from vllm_jdlora.evaluation.training_data import read_examples
+from vllm_jdlora.evaluation.training_data import make_batch, read_examples
 
 SETTINGS = DistillationSettings(steps=15, batch=4, learning_rate=0.1)
 
@@ -92,6 +98,16 @@ def test_the_divergences_reported_are_those_of_merged_weights_and_fall(world, pa
     assert found.after < 0.8 * found.before
 
 
+def test_lengths_of_batches_recur_and_say_the_same(parts):
+    model, *_, examples = parts
+    for chosen in (examples[:1], examples[:3], examples[3:10]):
+        batch = make_batch(chosen)
+        rounded = distillation._in_steps(batch)
+        assert rounded.prefix.shape[1] % 8 == 0 and rounded.ids.shape[1] % 8 == 0
+        # The same sums in products of other shapes: fp32 rounding of logits of order ten.
+        torch.testing.assert_close(scored_logits(model, rounded), scored_logits(model, batch), rtol=1e-4, atol=1e-4)
+
+
 def test_scalings_stay_where_nothing_is_gained(parts):
     model, original, bases, sigma, examples = parts
     found = Distiller(model).distil(original, bases, sigma, examples, replace(SETTINGS, learning_rate=1e3))
@@ -146,6 +162,74 @@ def test_the_command_writes_a_collection_with_the_same_bases_and_honest_errors(w
         energy += float(delta.square().sum())
     assert new.manifest.adapters[row].relative_error == pytest.approx((lost / energy) ** 0.5, rel=1e-6)
     assert not list(tmp_path.glob("*.distilling*"))
+
+
+def test_a_refit_without_any_divergence_is_told_as_one(world, tmp_path, capsys, monkeypatch):
+    """Zero is a divergence, and not one that is missing."""
+
+    def lossless(self, adapter, bases, sigma, *more):
+        return Distilled(dict(sigma), before=0.3, after=0.0, refitted=0.0)
+
+    monkeypatch.setattr(Distiller, "distil", lossless)
+    assert command(world, tmp_path / "d", "--json") == 0
+    assert [r["refitted"] for r in json.loads(capsys.readouterr().out)] == [0.0, 0.0, 0.0]
+
+
+def test_errors_of_outputs_are_stated_anew_in_the_collections_own_metric(world, tmp_path):
+    moments = moments_that_shun(world / "adapters" / "a")
+    moments.save(tmp_path / "moments.safetensors")
+    adapters, _ = read_adapters([world / "adapters"])
+    compress(adapters, tmp_path / "c", rank=4, clusters=1, dtype="fp32", moments=moments)
+    shutil.copytree(world / "model", tmp_path / "model")
+    for name in ("adapters", "data"):
+        shutil.copytree(world / name, tmp_path / name)
+    assert command(tmp_path, tmp_path / "none") == 2  # without its moments
+    assert command(tmp_path, tmp_path / "d", "--moments", str(tmp_path / "moments.safetensors")) == 0
+    new = Collection.open(tmp_path / "d")
+    for entry in new.manifest.adapters:
+        source = world / "adapters" / entry.name
+        # fp32 Σ and bases, the reference rounds ΔW to fp32
+        assert entry.output_error == pytest.approx(stored_error(new.path, entry.name, source, moments), rel=1e-5)
+        assert entry.relative_error == pytest.approx(stored_error(new.path, entry.name, source), rel=1e-5)
+    assert new.slice_output_errors().isfinite().all()
+    assert new.manifest.error_reached is None  # that was the fit's
+
+
+def test_what_an_adapter_took_is_free_when_it_is_done(parts):
+    """No graph, cache of keys and values or answers of one adapter outlives it, nor waits for the cycle collector."""
+    model, original, bases, sigma, examples = parts
+    distiller = Distiller(model)
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            distiller.distil(original, bases, sigma, examples, replace(SETTINGS, steps=3))
+            alive.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert alive[0] == alive[1] == alive[2]
+
+
+def test_while_the_scalings_are_trained_no_answers_to_the_held_out_examples_are_kept(parts, monkeypatch):
+    model, original, bases, sigma, examples = parts
+    distiller, answers, left = Distiller(model), [], []
+    run, divergence_of = distiller._run, distillation._divergence
+
+    def watched(*args):
+        found = run(*args)
+        answers.append(weakref.ref(found))
+        return found
+
+    def watching(teacher, student):
+        if student.requires_grad:
+            left.append(sum(ref() is not None for ref in answers))
+        return divergence_of(teacher, student)
+
+    monkeypatch.setattr(distiller, "_run", watched)
+    monkeypatch.setattr(distillation, "_divergence", watching)
+    distiller.distil(original, bases, sigma, examples, replace(SETTINGS, steps=3))
+    assert left == [2, 2, 2]  # the two answers of the step itself
 
 
 def test_a_run_that_was_stopped_goes_on(world, tmp_path, monkeypatch):

@@ -14,18 +14,19 @@ from torch import Tensor
 from vllm_jdlora.adapter import Adapter, read_adapters
 from vllm_jdlora.calibration import adapter_moments
 from vllm_jdlora.calibration_text import of_task
+from vllm_jdlora.collection.arrivals import project
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
-from vllm_jdlora.collection.rewrite import Draft, rewritten
+from vllm_jdlora.collection.own_metric import MetricOfSlice, own_metric
+from vllm_jdlora.collection.rewrite import rewritten
 from vllm_jdlora.collection.schema import BASES_FILE
 from vllm_jdlora.collection.second_moments import SecondMoments
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.distillation import DistillationSettings, Distiller
-from vllm_jdlora.evaluation.output_error import error
 from vllm_jdlora.evaluation.tasks import read_task
 from vllm_jdlora.evaluation.train import load_for_training
 from vllm_jdlora.evaluation.training_data import read_examples
 from vllm_jdlora.evaluation.variant import Update, uncompressed
-from vllm_jdlora.jd.metric import InputMetric
+from vllm_jdlora.jd.metric import SliceMetric
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 from vllm_jdlora.jd.slice_fit import METHODS
 
@@ -63,7 +64,7 @@ def distil_collection(
     manifest = collection.manifest
     found = {adapter.name: adapter for adapter in read_adapters(adapters)[0]}
     originals = [_original(found, entry.name, entry.sha256) for entry in manifest.adapters]
-    weights = _moments(collection, moments)
+    metrics = _metric(collection, moments)
     model, tokenizer = load_for_training(base_model, dtype)
     distiller = Distiller(model)
     bases = {part.name: collection.basis(part.name) for part in manifest.slices}
@@ -73,11 +74,11 @@ def distil_collection(
     stored = TORCH_DTYPES[manifest.dtype]
     pending = [a for a in originals if a.name not in done]
     activations = adapter_moments(base_model, ((a, _own_texts(data, a.name)) for a in pending))
-    results, rows, errors, entries = [], [], [], []
+    results, rows = [], []
     for row, entry in enumerate(tqdm(manifest.adapters, desc="distil", unit="adapter", disable=not show_progress)):
         sigma = collection.sigma(row).float()
-        update = plain.update(entry.name)
         if entry.name not in done:
+            update = plain.update(entry.name)
             own = {s.name: tuple(side[entry.cluster].float() for side in bases[s.name]) for s in manifest.slices}
             present = {s.name: sigma[i] for i, s in enumerate(manifest.slices) if bool(sigma[i].any())}
             examples = read_examples(read_task(data, entry.name, split="train"), tokenizer, settings.max_tokens)
@@ -85,24 +86,33 @@ def distil_collection(
             candidate = on_own_activations(update, used, next(activations)[1], manifest.method)
             distilled = distiller.distil(update, used, present, examples, settings, candidate)
             after = torch.stack([distilled.sigma.get(s.name, sigma[i]) for i, s in enumerate(manifest.slices)])
-            done[entry.name] = after, distilled.before, distilled.after, distilled.refitted or distilled.before
+            refitted = distilled.before if distilled.refitted is None else distilled.refitted
+            done[entry.name] = after, distilled.before, distilled.after, refitted
             _keep(kept, manifest.revision, settings, done)
-        after, before_kl, after_kl, refitted = done[entry.name]
-        new = after.to(stored)
-        rows.append(new)
-        results.append({"name": entry.name, "before": before_kl, "refitted": refitted, "after": after_kl})
-        approximation = _update(collection, bases, entry.cluster, new.float())
-        errors.append([_slice_errors(update, approximation, manifest.slices, m) for m in (None, weights)])
-        entries.append(
-            replace(
-                entry,
-                relative_error=error(update, approximation),
-                output_error=None if weights is None else error(update, approximation, weights),
-            )
+        after, before_kl, after_kl, refitted_kl = done[entry.name]
+        rows.append(after.to(stored))
+        results.append({"name": entry.name, "before": before_kl, "refitted": refitted_kl, "after": after_kl})
+    del activations  # and its model
+    sigma = torch.stack(rows)
+    cluster = torch.tensor([entry.cluster for entry in manifest.adapters])
+    measured = project(collection, originals, cluster=cluster, metrics=metrics, given=sigma)
+    entries = [
+        replace(
+            entry,
+            relative_error=float(measured.relative_error[row]),
+            output_error=None if measured.output_error is None else float(measured.output_error[row]),
         )
+        for row, entry in enumerate(manifest.adapters)
+    ]
     with rewritten(collection, output, force=force) as draft:
-        _write(draft, collection, torch.stack(rows), errors, weights is not None)
-        draft.seal(replace(manifest, adapters=tuple(entries), files=draft.files, revision=""))
+        draft.keep(BASES_FILE)
+        draft.all_scalings(sigma)
+        draft.errors(measured.slice_errors, measured.slice_output_errors)
+        for plain_entry in manifest.plain:
+            draft.keep_plain(plain_entry.name)
+        # What these Σ reach is another error than that of the fit.
+        uncertified = replace(manifest, error_floor=None, error_reached=None, revision="")
+        draft.seal(replace(uncertified, adapters=tuple(entries), files=draft.files, revision=""))
     kept.unlink(missing_ok=True)
     return results
 
@@ -117,7 +127,7 @@ def on_own_activations(
     refit = METHODS[method].refit
     found = {}
     for name, (u, v) in bases.items():
-        metric = InputMetric.of(moments.of(name), name)
+        metric = SliceMetric.of(moments.of(name), name)
         problem = metric.applied_to(SliceProblem.from_factors([Factors(*update[name])], name))
         found[name] = refit(problem, u, metric.whitened(v.double()))[0][0].float()
     return found
@@ -135,47 +145,13 @@ def _original(found: dict[str, Adapter], name: str, sha256: str) -> Adapter:
     return found[name]
 
 
-def _moments(collection: Collection, file: Path | None) -> dict[str, Tensor] | None:
+def _metric(collection: Collection, file: Path | None) -> MetricOfSlice | None:
     manifest = collection.manifest
     if manifest.metric == "frobenius":
         return None
     if file is None:
         raise JDLoRAError(f"{collection.path}: states output errors; give its calibration as --moments to renew them")
-    moments = SecondMoments.load(file)
-    moments.check_fit(manifest.slices, manifest.base_model.fingerprint)
-    if manifest.calibration is None or moments.origin.text_sha256 != manifest.calibration.text_sha256:
-        raise JDLoRAError(f"{file}: is not the calibration that {collection.path} was fitted with")
-    return {part.name: moments.of(part.name) for part in manifest.slices}
-
-
-def _update(collection: Collection, bases: dict[str, tuple[Tensor, Tensor]], cluster: int, sigma: Tensor) -> Update:
-    parts = {}
-    for i, part in enumerate(collection.manifest.slices):
-        if bool(sigma[i].any()):
-            u, v = (side[cluster].float() for side in bases[part.name])
-            parts[part.name] = (u * sigma[i] if sigma[i].ndim == 1 else u @ sigma[i], v)
-    return parts
-
-
-def _slice_errors(update: Update, approximation: Update, slices: Any, moments: dict[str, Tensor] | None) -> list[float]:
-    """Error in each slice, NaN where the adapter has nothing."""
-    out = []
-    for part in slices:
-        if part.name not in update:
-            out.append(float("nan"))
-            continue
-        one = {part.name: approximation[part.name]} if part.name in approximation else {}
-        out.append(error({part.name: update[part.name]}, one, moments))
-    return out
-
-
-def _write(draft: Draft, collection: Collection, sigma: Tensor, errors: list[list[list[float]]], both: bool) -> None:
-    draft.keep(BASES_FILE)
-    draft.all_scalings(sigma)
-    relative, output = (torch.tensor([kinds[i] for kinds in errors], dtype=torch.float32) for i in range(2))
-    draft.errors(relative, output if both else None)
-    for entry in collection.manifest.plain:
-        draft.keep_plain(entry.name)
+    return own_metric(collection, SecondMoments.load(file), manifest.slices)
 
 
 _Done = dict[str, tuple[Tensor, float, float, float]]

@@ -20,6 +20,9 @@ from vllm_jdlora.evaluation.scored_logits import scored_logits
 from vllm_jdlora.evaluation.training_data import Batch, Example, epoch_order, make_batch
 from vllm_jdlora.evaluation.variant import Update
 
+# Batches are padded to multiples of so many tokens: for each new shape of a product in bf16 oneDNN generates kernels
+# and keeps them, tens of MB for the lengths of one adapter's examples.
+_STEP = 8
 # Adam moves an entry by about the learning rate times this slice's root mean square of Σ.
 _BETAS = (0.9, 0.99)
 
@@ -93,6 +96,7 @@ class Distiller:
         try:
             return self._trained(adapter, bases, sigma, held, used, settings, candidate)
         finally:
+            self._active = {}
             for handle in handles:
                 handle.remove()
 
@@ -110,19 +114,16 @@ class Distiller:
         teacher = {name: (b.to(place), a.to(place)) for name, (b, a) in adapter.items()}
         cast = {name: (u.to(place), v.to(place)) for name, (u, v) in bases.items()}
         size = settings.batch
-        tests = [make_batch(held[i : i + size]) for i in range(0, len(held), size)]
-        answers = [self._log_probabilities(batch, teacher) for batch in tests]
+        tests = [_in_steps(make_batch(held[i : i + size])) for i in range(0, len(held), size)]
 
         def student(scalings: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
             return {name: (cast[name][0], scalings[name], cast[name][1]) for name in scalings}
 
-        best = dict(sigma)
-        before = least = self._mean_divergence(tests, answers, student(best))
-        refitted = None
-        if candidate is not None:
-            refitted = self._mean_divergence(tests, answers, student(candidate))
-            if refitted < least:
-                best, least = dict(candidate), refitted
+        given = [sigma] if candidate is None else [sigma, candidate]
+        divergences = self._mean_divergences(tests, teacher, [student(scalings) for scalings in given])
+        before, least = divergences[0], min(divergences)
+        refitted = None if candidate is None else divergences[1]
+        best = dict(given[divergences.index(least)])
         if least <= settings.enough:
             return Distilled(best, before, least, refitted)
         scale = {name: float(s.square().mean().sqrt()) for name, s in best.items()}
@@ -141,7 +142,7 @@ class Distiller:
             loss.backward()
             optimizer.step()
         trained = {name: s.detach() for name, s in moved().items()}
-        after = self._mean_divergence(tests, answers, student(trained))
+        after = self._mean_divergences(tests, teacher, [student(trained)])[0]
         return (
             Distilled(trained, before, after, refitted) if after < least else Distilled(best, before, least, refitted)
         )
@@ -151,14 +152,21 @@ class Distiller:
         return self._run(batch, active)
 
     @torch.no_grad()
-    def _mean_divergence(
-        self, batches: Sequence[Batch], answers: Sequence[Tensor], active: Mapping[str, tuple[Tensor, ...]]
-    ) -> float:
-        total = sum(
-            float(_divergence(answer, self._run(batch, active))) * len(batch.labels)
-            for batch, answer in zip(batches, answers, strict=True)
-        )
-        return total / sum(len(batch.labels) for batch in batches)
+    def _mean_divergences(
+        self,
+        batches: Sequence[Batch],
+        teacher: Mapping[str, tuple[Tensor, ...]],
+        students: Sequence[Mapping[str, tuple[Tensor, ...]]],
+    ) -> list[float]:
+        """Of each student, over all batches. The teacher's answers are those of one batch at a time: kept while Σ is
+        trained, they would take 200 KB for each token of an answer, at a vocabulary of 50,000."""
+        totals = [0.0] * len(students)
+        for batch in batches:
+            answer = self._run(batch, teacher)
+            for i, active in enumerate(students):
+                totals[i] += float(_divergence(answer, self._run(batch, active))) * len(batch.labels)
+        count = sum(len(batch.labels) for batch in batches)
+        return [total / count for total in totals]
 
     def _run(self, batch: Batch, active: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
         """Log-probabilities [scored positions, vocabulary] fp32."""
@@ -198,4 +206,19 @@ def _batches(examples: Sequence[Example], settings: DistillationSettings) -> lis
     while len(indices) < settings.steps:
         indices += epoch_order(examples, settings.batch, settings.seed, epoch)
         epoch += 1
-    return [make_batch([examples[i] for i in chosen]) for chosen in indices[: settings.steps]]
+    return [_in_steps(make_batch([examples[i] for i in chosen])) for chosen in indices[: settings.steps]]
+
+
+def _in_steps(batch: Batch) -> Batch:
+    """The same batch with lengths that are multiples of a step, so that they recur: the end of the common start is run
+    for each example, and examples are padded further."""
+    start = batch.prefix.shape[1] // _STEP * _STEP
+    own = batch.prefix[:, start:].expand(len(batch.ids), -1)
+    ahead, behind = own.shape[1], -(own.shape[1] + batch.ids.shape[1]) % _STEP
+    return Batch(
+        prefix=batch.prefix[:, :start],
+        ids=nn.functional.pad(torch.cat([own, batch.ids], 1), (0, behind)),
+        mask=nn.functional.pad(nn.functional.pad(batch.mask, (ahead, 0), value=True), (0, behind)),
+        scored=nn.functional.pad(batch.scored, (ahead, behind)),
+        labels=batch.labels,
+    )
