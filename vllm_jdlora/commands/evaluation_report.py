@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def print_evaluation(rows: Sequence[Row], leaks: dict[str, dict[str, Distribution]]) -> None:
     """A table, the worst adapters, and leakage by the name of its collection."""
     print_rows(rows)
+    print_legend()
     for name, kinds in leaks.items():
         print_leakage(name, {kind: asdict(changes) for kind, changes in kinds.items()})
 
@@ -70,12 +71,16 @@ def print_rows(rows: Sequence[Row]) -> None:
             ]
         table.add_row(*map(Text, cells))
     print_table(table)
-    show("means over adapters, [95 % bootstrap interval over adapters and items]; errors are not squared;")
-    show("relative: metric / metric of the uncompressed adapter, worst: of one adapter")
     for row in rows:
         if row.relative_rouge_l and row.variant not in ("base", "uncompressed"):
             worst = row.relative_rouge_l
             show(f"{row.variant}: worst ROUGE-L {worst.worst:.3f} of uncompressed: {worst.worst_adapter}")
+
+
+def print_legend() -> None:
+    """What the numbers of `print_rows` are."""
+    show("means over adapters, [95 % bootstrap interval over adapters and items]; errors are not squared;")
+    show("relative: metric / metric of the uncompressed adapter, worst: of one adapter")
 
 
 def print_table(table: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_jdlora.commands.evaluation_report import print_leakage, print_rows, print_table, show
+from vllm_jdlora.commands.evaluation_report import print_leakage, print_legend, print_rows, print_table, show
 
 if TYPE_CHECKING:
     from vllm_jdlora.evaluation.study.part import Part
@@ -31,6 +31,8 @@ def print_study(parts: Mapping[str, Part]) -> None:
             show(f"{method}: energy lost {lost[0]:.4f} at the start, {lost[-1]:.4f} after {len(lost) - 1} rounds")
         for variant, reason in part.refused.items():
             show(f"{variant}: not measured: {reason}")
+    show("")
+    print_legend()
 
 
 def _print_sweep(points: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,10 @@ class Evaluation:
 
     def run(self, variants: Iterable[Variant], *, answers: bool = True) -> Iterator[Record]:
         """Base and uncompressed first, then ``variants``; one record for each variant and adapter with a task."""
-        for variant in chain([base(), self._originals], variants):
+        for adapter in self.tasks:  # one adapter at a time: the two need each other's answers, which a kill would lose
+            for reference in (base(), self._originals):
+                yield self.measure(reference, adapter, adapter, answers=answers)
+        for variant in variants:
             for adapter in self.tasks:
                 yield self.measure(variant, adapter, adapter, answers=answers)
 
