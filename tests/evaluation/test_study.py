@@ -296,14 +296,14 @@ def test_a_budget_that_is_too_small_is_said_and_the_others_are_measured(folder, 
     assert set(summary["baselines"]["refused"]) == {"svd: 1/50", "average: 1/50"}
 
 
-def test_method_and_metric_are_passed_on_and_name_the_curve(folder, tmp_path):
-    parts = run_study(settings(folder, tmp_path / "s", "ours", only=["a"], method="diag", metric="frobenius"))
-    assert [row.variant for row in parts["ours"].tables[""]][2:] == [
-        "ours, diag, frobenius: 1/4",
-        "ours, diag, frobenius: 1/2",
-    ]
-    manifest = Collection.open(tmp_path / "s" / "collections" / "ours-diag-frobenius-1-2").manifest
-    assert manifest.method == "diag" and manifest.metric == "frobenius"
+@pytest.mark.parametrize(("method", "metric"), [("diag", "frobenius"), ("full", "fisher")])
+def test_method_and_metric_are_passed_on_and_name_the_curve(folder, tmp_path, method, metric):
+    more = {"only": ["a"], "budgets": BUDGETS[:1], "method": method, "metric": metric}
+    parts = run_study(settings(folder, tmp_path / "s", "ours", **more))
+    name = "ours, diag, frobenius" if method == "diag" else "ours, fisher"
+    assert [row.variant for row in parts["ours"].tables[""]][2:] == [f"{name}: 1/4"]
+    manifest = Collection.open(tmp_path / "s" / "collections" / f"{name.replace(', ', '-')}-1-4").manifest
+    assert manifest.method == method and manifest.metric == metric
 
 
 @pytest.mark.parametrize(
