@@ -17,7 +17,7 @@ def add_to(commands: Any) -> None:
         help="all quality figures in one run: this compressor, baselines, sweeps, ablations, plots",
         description="Compress at several budgets, compare with other methods, sweep rank and clusters, and write "
         "records, collections, summary.json and plots to OUTPUT. Stopped at any point, the same command goes on; "
-        "nothing is measured twice. The sweep and leakage take 24 test items of each task unless --limit says otherwise.",
+        "nothing is measured twice. The sweep and leakage take 24 test items of each task without --limit.",
     )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to create, or to go on with")
     add_arguments(parser)
