@@ -96,3 +96,27 @@ def write_sum(folder: Path, first: Path, second: Path, share: float) -> Path:
     config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_turned(folder: Path, collection: Path, like: Path, share: float) -> Path:
+    """ΔW = U_0 P V_0 + share · U_1 V_1 in every slice, P a cyclic shift, both parts of unit norm before the share.
+
+    Cluster 0's spans hold the larger part, its diagonal scalings hardly anything of it.
+    """
+    bases = load_file(collection / "bases.safetensors")
+    names = sorted({key.rpartition(".")[0] for key in bases})
+    tensors = {}
+    for name in names:
+        (u, other_u), (v, other_v) = (bases[f"{name}.{side}"] for side in "UV")
+        parts = [(u.roll(1, 1), v), (other_u, other_v)]
+        sizes = [float((left @ right).norm()) for left, right in parts]
+        left = torch.cat([parts[0][0] / sizes[0], share * parts[1][0] / sizes[1]], 1)
+        key = f"base_model.model.{name}"
+        tensors[f"{key}.lora_B.weight"] = left.contiguous()
+        tensors[f"{key}.lora_A.weight"] = torch.cat([parts[0][1], parts[1][1]]).contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    rank = next(tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key)
+    config = json.loads((like / "adapter_config.json").read_text()) | {"r": rank, "lora_alpha": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

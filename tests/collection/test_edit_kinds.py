@@ -8,7 +8,7 @@ import torch
 
 from tests import reference
 from tests.collection.families import write_member
-from tests.collection.measured import best_errors, moments_that_shun, stored_error, write_sum
+from tests.collection.measured import best_errors, moments_that_shun, stored_error, write_sum, write_turned
 from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
@@ -90,6 +90,14 @@ def test_newcomers_get_their_best_cluster_and_scalings_with_exact_errors(world, 
         assert errors is None
     else:
         assert torch.equal(errors[:6], before) and errors[6:].isfinite().all()
+
+
+def test_the_cluster_for_diagonal_scalings_is_not_the_one_whose_spans_hold_most(world, tmp_path):
+    turned = write_turned(tmp_path / "turned", world / "diag", world / "new" / "stranger", 0.75)
+    (entry,) = add(world / "diag", [read_adapter(turned)], output=tmp_path / "n").compressed
+    errors = best_errors(world / "diag", turned)
+    assert errors[1] < errors[0] - 0.05
+    assert entry.cluster == 1 and entry.relative_error == pytest.approx(errors[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
