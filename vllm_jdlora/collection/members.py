@@ -75,19 +75,32 @@ def slices_of(old: Collection, members: Sequence[Member]) -> list[SliceShape]:
     return [part for name, part in by_name.items() if name in used]
 
 
-def factors_of_members(old: Collection, members: Sequence[Member], name: str) -> list[Factors | None]:
-    places = {part.name: m for m, part in enumerate(old.manifest.slices)}
-    u, v = old.basis(name) if name in places else (torch.zeros(0), torch.zeros(0))
-    out: list[Factors | None] = []
-    for member in members:
-        if member.adapter is not None:
-            pair = member.adapter.factors(name)
-        elif member.row is not None and name in places:
-            pair = surrogate(old, member.row, places[name], u, v)
-        else:
+class MemberSource:
+    """A `FactorSource` over members: factors are read from disk, or made of the stored UΣV, when asked for."""
+
+    def __init__(self, old: Collection, members: Sequence[Member], slices: Sequence[SliceShape]):
+        self._old = old
+        self._members = members
+        self._places = {part.name: m for m, part in enumerate(old.manifest.slices)}
+        self.slice_names = [part.name for part in slices]
+
+    @property
+    def n(self) -> int:
+        return len(self._members)
+
+    def factors(self, slice_index: int) -> list[Factors | None]:
+        name = self.slice_names[slice_index]
+        place = self._places.get(name)
+        u, v = (torch.zeros(0), torch.zeros(0)) if place is None else self._old.basis(name)
+        out: list[Factors | None] = []
+        for member in self._members:
             pair = None
-        out.append(None if pair is None else Factors(*pair))
-    return out
+            if member.adapter is not None:
+                pair = member.adapter.factors(name)
+            elif member.row is not None and place is not None:
+                pair = surrogate(self._old, member.row, place, u, v)
+            out.append(None if pair is None else Factors(*pair))
+        return out
 
 
 def bound_surrogates(

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vllm_jdlora.adapter import SliceShape
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
-from vllm_jdlora.collection.members import Member, bound_surrogates, factors_of_members
-from vllm_jdlora.collection.own_metric import MetricOfSlice, in_metric, orthonormal, seen_by_cluster
+from vllm_jdlora.collection.members import Member, MemberSource, bound_surrogates
+from vllm_jdlora.collection.own_metric import MetricOfSlice, orthonormal, seen_by_cluster
 from vllm_jdlora.collection.quantize import cast_of
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.alternation import Clustering, reassign, refit
 from vllm_jdlora.jd.certificate import Certificate, certify_clusters
-from vllm_jdlora.jd.problem import SliceProblem
+from vllm_jdlora.jd.passes import Slices
 from vllm_jdlora.jd.search import best_assignment
 from vllm_jdlora.jd.slice_fit import Bases, Metric, ScalingOverflow, SliceFit, SliceRecipe, fit_slice
 
@@ -62,12 +62,12 @@ def settled(
 
     JD-Full tells clusters for JD-Diag too, as it does when a collection is compressed.
     """
+    everything = _slices(old, members, slices, metrics)
     probes = _probes(old, slices)
-    problems, bases = [], []
-    for part in probes:
-        metric, problem = _problem(old, members, part, metrics)
-        problems.append(problem)
-        bases.append(orthonormal(*seen_by_cluster(metric, *old.basis(part.name))))
+    problems = [everything[index] for index in probes]
+    bases = [
+        orthonormal(*seen_by_cluster(everything.metric(index), *old.basis(slices[index].name))) for index in probes
+    ]
     k = old.manifest.clusters
     state = replace(Clustering.unfitted(labels, k), u=[u for u, _ in bases], v=[v for _, v in bases])
     accepted: Clustering | None = None
@@ -109,15 +109,22 @@ def refitted(
     bases, sigma, parts = [], [], []
     bounds: list[Certificate | None] = []
     reached = 0.0
-    certified = {part.name for part in _probes(old, slices)} if _certifiable(old, members) else set()
+    certified = _probes(old, slices) if _certifiable(old, members) else []
+    everything = _slices(old, members, slices, metrics)
     for m, part in enumerate(slices):
         report("fit", m, len(slices))
-        problem = SliceProblem.from_factors(factors_of_members(old, members, part.name), part.name)
-        metric = None if metrics is None else metrics(part.name)
+        problem, metric = everything.plain(m), everything.metric(m)
         warm = _warm_start(old, part, len(members), recipe, metric)
-        everything = range(manifest.clusters)
         try:
-            fit = fit_slice(problem, labels, manifest.clusters, recipe, metric=metric, before=warm, changed=everything)
+            fit = fit_slice(
+                problem,
+                labels,
+                manifest.clusters,
+                recipe,
+                metric=metric,
+                before=warm,
+                changed=range(manifest.clusters),
+            )
         except ScalingOverflow as error:
             raise JDLoRAError(
                 f"{members[error.adapter].name}: its scaling matrices do not fit into {manifest.dtype}: compress again "
@@ -126,9 +133,8 @@ def refitted(
         bases.append((fit.u, fit.v))
         sigma.append(fit.sigma)
         parts.append(replace(fit, u=_NOTHING, v=_NOTHING, sigma=_NOTHING))
-        if part.name in certified:
-            view = problem if metric is None else metric.applied_to(problem)
-            bounds.append(certify_clusters([view], labels, manifest.rank))
+        if m in certified:
+            bounds.append(certify_clusters([everything[m]], labels, manifest.rank))
             reached += float(fit.relative().sum())
     report("fit", len(slices), len(slices))
     relative, slice_errors = _errors([p.squared_error for p in parts], [p.squared_norm for p in parts])
@@ -155,18 +161,18 @@ def refitted(
 _NOTHING = torch.zeros(0)
 
 
-def _probes(old: Collection, slices: Sequence[SliceShape]) -> list[SliceShape]:
-    """A few slices, spread over the model, that the old bases know."""
+def _slices(
+    old: Collection, members: Sequence[Member], slices: Sequence[SliceShape], metrics: MetricOfSlice | None
+) -> Slices:
+    metric_of = None if metrics is None else (lambda index: metrics(slices[index].name))
+    return Slices(MemberSource(old, members, slices), metric_of)
+
+
+def _probes(old: Collection, slices: Sequence[SliceShape]) -> list[int]:
+    """Positions of a few slices, spread over the model, that the old bases know."""
     names = {part.name for part in old.manifest.slices}
-    known = [part for part in slices if part.name in names]
+    known = [index for index, part in enumerate(slices) if part.name in names]
     return known[:: max(1, len(known) // _PROBES)][:_PROBES]
-
-
-def _problem(
-    old: Collection, members: Sequence[Member], part: SliceShape, metrics: MetricOfSlice | None
-) -> tuple[Metric | None, SliceProblem]:
-    factors = factors_of_members(old, members, part.name)
-    return in_metric(metrics, part.name, SliceProblem.from_factors(factors, part.name))
 
 
 def _warm_start(
