@@ -45,6 +45,50 @@ def jd_linear(
     return out
 
 
+def jd_shrink(x: torch.Tensor, v: Sequence[torch.Tensor], token_cluster: Sequence[int]) -> torch.Tensor:
+    """``V[c(t), i] · x[t]`` for every slice i and token t.
+
+    Args:
+        x: [T, d_in].
+        v: for each slice [K, R, d_in].
+        token_cluster: cluster of each token; −1 gives zeros.
+
+    Returns:
+        fp32 [slices, T, R].
+    """
+    out = torch.zeros(len(v), x.shape[0], v[0].shape[1])
+    for i, v_slice in enumerate(v):
+        for t, cluster in enumerate(token_cluster):
+            if cluster >= 0:
+                out[i, t] = v_slice[cluster].float() @ x[t].float()
+    return out
+
+
+def jd_expand(
+    y: torch.Tensor, g: torch.Tensor, u: Sequence[torch.Tensor], token_cluster: Sequence[int]
+) -> torch.Tensor:
+    """``y[t] + U[c(t), i] · g[i, t]`` for every slice i and token t.
+
+    Args:
+        y: [T, sum of d_out over slices]; slices lie side by side in their order.
+        g: [slices, T, R], Σ applied.
+        u: for each slice [K, d_out, R].
+        token_cluster: cluster of each token; −1 leaves the token untouched.
+
+    Returns:
+        fp32 [T, sum of d_out]; a new tensor.
+    """
+    out = y.float().clone()
+    for t, cluster in enumerate(token_cluster):
+        column = 0
+        for i, u_slice in enumerate(u):
+            width = u_slice.shape[1]
+            if cluster >= 0:
+                out[t, column : column + width] += u_slice[cluster].float() @ g[i, t].float()
+            column += width
+    return out
+
+
 def jd_sigma(h: torch.Tensor, sigma: torch.Tensor, token_slot: Sequence[int]) -> torch.Tensor:
     """``Σ[s(t)] · h[i, t]`` for every slice i and token t.
 

@@ -1,7 +1,7 @@
-"""Triton kernels without a GPU: run a file of checks in the interpreter, or compile the Σ kernels for real GPUs.
+"""Triton kernels without a GPU: run a file of checks in the interpreter, or compile the kernels for real GPUs.
 
     python tests/offline_triton.py check FILE [--native]   pytest on FILE, interpreted unless --native (a GPU)
-    python tests/offline_triton.py compile                 one JSON line for each kernel, rank and GPU
+    python tests/offline_triton.py compile [--record]      one JSON line for each launch and GPU; into the table
 
 Each runs in a process of its own, because Triton decides at decoration whether a kernel is interpreted: an interpreted
 one cannot be compiled, and TRITON_INTERPRET set after the import comes too late.
@@ -20,54 +20,60 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ARCHITECTURES = (80, 89, 90, 100, 120)  # A100, L4/L40S, H100/H200, B200, RTX 50
-COMPILED_RANKS = (16, 32, 64, 128)
+COMPILED_RANKS = (16, 64, 128)
+FUSED_RANKS = (16, 64)
+SLICES = 3
+RESOURCES = Path(__file__).parent / "kernels" / "triton_resources.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler gave for one kernel on one GPU architecture."""
+    """What the compiler gave for one launch on one GPU architecture."""
 
-    kernel: str
-    rank: int
+    launch: str
     architecture: int
     registers: int
     spilled_bytes: int  # local memory of a thread; these kernels have no arrays, so all of it is spills
     shared_bytes: int
-    widest_load_bits: int
-    barrier_precedes_stores: bool
+    narrow_loads: int  # from global memory, of fewer bits than 32: what a weight without a known alignment gives
+    narrow_copies: int  # asynchronous, of fewer bytes than 16
+    asynchronous_tensor_cores: bool  # wgmma, tcgen05
 
 
-def compile_for(kernel, signature: dict[str, str], constants: dict[str, int], architecture: int, **options) -> Compiled:
+def compile_for(
+    launch: str, kernel, signature: dict[str, str], constants: dict[str, int], architecture: int, **options
+):
     """Compile as the launcher would: pointers and strides are multiples of 16, ``do_not_specialize`` is honoured."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     unspecialised = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
-    divisible = [name for name in signature if name not in unspecialised]
+    types = {name: "constexpr" if name in constants else signature.get(name, "i32") for name in kernel.arg_names}
+    divisible = [name for name, kind in types.items() if kind != "constexpr" and name not in unspecialised]
     source = ASTSource(
         kernel,
-        signature={name: signature.get(name, "constexpr") for name in kernel.arg_names},
+        signature=types,
         constexprs=constants,
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     resources = _cubin_resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)
     return Compiled(
-        kernel=kernel.__name__,
-        rank=constants["R"],
+        launch=launch,
         architecture=architecture,
         registers=resources["REG"],
         spilled_bytes=resources["STACK"] + resources["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        widest_load_bits=max(
-            int(count or 1) * int(bits) for count, bits in re.findall(r"ld\.global(?:\.v([24]))?\.b(\d+)", ptx)
-        ),
-        barrier_precedes_stores=_barrier_precedes_stores(ptx),
+        narrow_loads=len(re.findall(r"ld\.global[^;\n]*\.[bus](?:8|16)\b", ptx)),
+        narrow_copies=sum(int(size, 16) < 16 for size in copies),
+        asynchronous_tensor_cores="wgmma" in ptx or "tcgen05" in ptx,
     )
 
 
@@ -82,29 +88,80 @@ def _cubin_resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage.stdout)}
 
 
-def _barrier_precedes_stores(ptx: str) -> bool:
-    """Whether a barrier stands between the loads of a row of h and the first store to it.
+def launches() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], dict[str, int]]]:
+    """Name, kernel, pointer types, constants and options of the launches that serving makes for bf16 models."""
+    from vllm_jdlora.kernels import token_tiles, triton_expand, triton_shrink, triton_sigma
 
-    Reads the text in order: true only while the compiler lays out the early return for −1 tokens, which stores zeros
-    without loading h, behind the main path.
-    """
-    load, barrier, store = (ptx.find(text) for text in ("ld.global", "bar.sync", "st.global"))
-    return 0 <= load < barrier < store
+    tables = dict.fromkeys(("tile_ptr", "token_ptr", "slot_ptr", "column_ptr"), "*i32")
+    tables |= dict.fromkeys(("v_pointers_ptr", "u_pointers_ptr"), "*i64")
+    shrink = tables | {"x_ptr": "*bf16", "h_ptr": "*fp32"}
+    sigma = tables | {"h_ptr": "*fp32", "g_ptr": "*bf16", "sigma_ptr": "*bf16"}
+    expand = tables | {"g_ptr": "*bf16", "sigma_ptr": "*bf16", "y_ptr": "*bf16"}
+    fused = expand | {"g_ptr": "*fp32"}
+    for rank in COMPILED_RANKS:
+        for tokens in (token_tiles.PREFILL_TOKENS, token_tiles.PREFILL_TOKENS + 1):
+            sizes = triton_shrink.Launch.of(tokens, 16, SLICES * rank, 4096, 132, batch_invariant=False)
+            constants = {
+                "SLICES": SLICES,
+                "R": rank,
+                "BLOCK_M": sizes.rows,
+                "BLOCK_N": sizes.block_n,
+                "BLOCK_K": triton_shrink.BLOCK_K,
+            }
+            name = f"R {rank}, {sizes.rows} rows"
+            yield f"shrink, {name}", triton_shrink.shrink_kernel, shrink, constants, {"num_warps": 4, "num_stages": 3}
+            options = {"num_warps": triton_expand.warps_of(sizes.rows), "num_stages": 1}
+            constants = triton_expand.constants_of(rank, SLICES, sizes.rows, 16, triton_sigma.NO_SCALING, True)
+            yield f"expand, {name}", triton_expand.expand_kernel, expand, constants, options
+        options = {"num_warps": triton_sigma.warps_of(rank), "num_stages": 1}
+        constants = triton_sigma.constants_of(rank, SLICES, triton_sigma.FULL)
+        yield f"Σ, R {rank}", triton_sigma.sigma_kernel, sigma, constants, options
+    for scaling, name in ((triton_sigma.FULL, "full"), (triton_sigma.DIAGONAL, "diagonal")):
+        constants = triton_sigma.constants_of(16, SLICES, scaling)
+        if scaling == triton_sigma.DIAGONAL:
+            options = {"num_warps": triton_sigma.warps_of(16), "num_stages": 1}
+            yield "Σ diagonal, R 16", triton_sigma.sigma_kernel, sigma, constants, options
+        for rank in FUSED_RANKS:
+            constants = triton_expand.constants_of(rank, SLICES, token_tiles.DECODE_ROWS, 16, scaling, True)
+            options = {"num_warps": 4, "num_stages": 1}
+            yield f"Σ {name} and expand, R {rank}", triton_expand.expand_kernel, fused, constants, options
 
 
 def compile_all() -> Iterator[Compiled]:
-    """Every Σ kernel that serving launches for bf16 scalings, on every architecture."""
-    from vllm_jdlora.kernels import triton_sigma as module
-
-    scalars = {"tokens": "i32", "sigma_slot_stride": "i32", "sigma_slice_stride": "i32"}
-    signature = {"h_ptr": "*fp32", "sigma_ptr": "*bf16", "token_slot_ptr": "*i32", **scalars}
-    for rank in COMPILED_RANKS:
-        launch = module.Launch.for_rank(rank)
-        full = {"R": rank, "BLOCK_R": launch.block_r, "ROWS": launch.rows}
-        diag = {"R": rank, "BLOCK_R": launch.block_r, "TOKENS": module._DIAG_TOKENS}
+    """Every launch on every architecture."""
+    for name, kernel, types, constants, options in launches():
         for architecture in ARCHITECTURES:
-            for kernel, constants in ((module.sigma_full_kernel, full), (module.sigma_diag_kernel, diag)):
-                yield compile_for(kernel, signature, constants, architecture, num_warps=launch.num_warps, num_stages=1)
+            yield compile_for(name, kernel, types, constants, architecture, **options)
+
+
+def record(rows: list[Compiled]) -> None:
+    """Write the table of registers and shared bytes that the test compares with."""
+    import triton
+
+    table: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        table.setdefault(row.launch, {})[f"sm_{row.architecture}"] = [row.registers, row.shared_bytes]
+    lines = [f" {json.dumps(name, ensure_ascii=False)}: {json.dumps(sizes)}" for name, sizes in table.items()]
+    RESOURCES.write_text(f'{{"triton": "{triton.__version__}", "launches": {{\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def multiply_bf16_as_numbers() -> None:
+    """Repair ``tl.dot`` on bf16 in the interpreter of Triton 3.9, which multiplies bit patterns, silently."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    stock = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, d, *rest):
+        return stock(self, widened(a), widened(b), d, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def import_vllm_lora_kernels() -> None:
@@ -130,7 +187,7 @@ def main() -> int:
     check = commands.add_parser("check")
     check.add_argument("file")
     check.add_argument("--native", action="store_true")
-    commands.add_parser("compile")
+    commands.add_parser("compile").add_argument("--record", action="store_true")
     args = parser.parse_args()
     if args.command == "check":
         import pytest
@@ -138,12 +195,17 @@ def main() -> int:
         os.environ.pop("TRITON_INTERPRET", None)
         if not args.native:
             os.environ["TRITON_INTERPRET"] = "1"
+            multiply_bf16_as_numbers()
         return int(pytest.main([args.file, "-q", "-p", "no:cacheprovider", "-p", "no:logging"]))
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
+        rows = []
         for compiled in compile_all():
-            print(json.dumps(dataclasses.asdict(compiled)), flush=True)
+            rows.append(compiled)
+            print(json.dumps(dataclasses.asdict(compiled), ensure_ascii=False), flush=True)
+        if args.record:
+            record(rows)
     return 0
 
 

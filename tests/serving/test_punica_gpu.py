@@ -1,4 +1,4 @@
-"""The GPU serving path: vLLM's LoRA layers, shrink and expand with the Σ kernel between, without a GPU."""
+"""The GPU serving path: vLLM's LoRA layers over our kernels, without a GPU."""
 
 import subprocess
 import sys

@@ -110,9 +110,10 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
             self._punica = JDPunicaGPU(
                 max_num_batched_tokens,
-                max_batches=self.max_num_seqs,
-                device=self.device,
-                lora_config=self.lora_config,
+                self.max_num_seqs,
+                self.device,
+                self.lora_config.max_loras,
+                vllm_config.compilation_config.static_forward_context,
             )
         self.punica_wrapper_mapping[key] = self._punica
 

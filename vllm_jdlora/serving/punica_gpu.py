@@ -1,8 +1,9 @@
-"""The punica wrapper for CUDA: vLLM's own shrink and expand, with the Σ kernel between them.
+"""The punica wrapper for CUDA: plans a step once, then launches the Triton kernels for each layer.
 
-Shrink and expand see *bases* (clusters and plain adapters), so their grids grow with clusters and not with adapters;
-the Σ kernel sees the scaling slot of each token. All three are ops that torch.compile does not look into, and all
-three read the same flag to skip a step without adapters, so a CUDA graph holds either all of them or none.
+Kernels see *bases* (clusters and plain adapters), so grids grow with clusters and not with adapters. Each layer reaches
+its kernels through operators that torch.compile does not look into and that find the layer by name in vLLM's forward
+context, as attention does: compiled code that vLLM caches on disk is then right for any engine, and a CUDA graph holds
+all launches of a layer or none.
 """
 
 from __future__ import annotations
@@ -11,31 +12,63 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.lora.punica_wrapper.punica_gpu import HAS_TRITON, PunicaWrapperGPU
+from vllm import envs
+from vllm.forward_context import get_forward_context
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
-import vllm_jdlora.kernels.triton_sigma  # noqa: F401  (registers torch.ops.vllm_jdlora.sigma_)
-from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving.punica import JDLayerPunica
+from vllm_jdlora.kernels.packed_module import PackedModule
+from vllm_jdlora.kernels.token_tiles import TokenTiles, slots_of
+from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
+
+_NO_TOKENS = np.empty(0, dtype=np.int64)
 
 
-class JDPunicaGPU(PunicaWrapperGPU):  # @final there is for type checkers only
-    """vLLM's wrapper with base-sized metadata (``lora_config.max_loras`` counts bases), plus the scaling slots.
+class JDPunicaGPU(PunicaWrapperBase):
+    """What a step's layers share: the plan of who is in the batch, and the scratch.
 
-    Layers reach it through :class:`~vllm_jdlora.serving.punica.JDLayerPunica`, which adds the layer's view of Σ.
-    ``add_shrink``, ``update_metadata`` and the rest are vLLM's.
+    vLLM's own metadata is not made: its loop over tokens takes milliseconds for a long prefill, and its only readers
+    are embedding and logits layers, which are refused at start-up.
     """
 
-    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
-        if not HAS_TRITON:
-            raise JDLoRAError("vLLM found no usable Triton, and LoRA on a GPU needs it: check `vllm collect-env`")
-        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        # CUDA graphs keep its address: filled in place, never replaced.
-        self._token_slots = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32, device=device)
+    def __init__(
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device | str,
+        bases: int,
+        forward_context_layers: dict[str, Any],
+    ):
+        """
+        Args:
+            max_num_batched_tokens: most tokens of a step.
+            max_batches: most sequences of a step.
+            device: a GPU.
+            bases: clusters and slots of plain adapters.
+            forward_context_layers: vLLM's register of layers by name; each of ours enters itself.
+
+        Raises:
+            JDLoRAError: there is no Triton.
+        """
+        super().__init__(max_num_batched_tokens, max_batches, device)
+        self._forward_context_layers = forward_context_layers
+        self._token_base = _NO_TOKENS
+        # vLLM's switch asks for equal bits of a request whatever else is served beside it.
+        self.kernels = GroupedLoRA(TokenTiles(max_num_batched_tokens, bases, device), device, envs.VLLM_BATCH_INVARIANT)
+
+    def update_metadata(
+        self,
+        mapping: LoRAMapping,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        """Base of each token; :meth:`update_scaling_slots` follows and plans the step."""
+        self._token_base = slots_of(np.asarray(mapping.index_mapping, dtype=np.int64), lora_index_to_id)
 
     def update_scaling_slots(self, token_slots: np.ndarray) -> None:
-        """Take the scaling slot of each token of the step; every row behind them becomes −1.
-
-        The tail matters: a replayed graph runs on its padded token count.
+        """Plan the step.
 
         Args:
             token_slots: int [tokens], −1 for the base model.
@@ -43,89 +76,113 @@ class JDPunicaGPU(PunicaWrapperGPU):  # @final there is for type checkers only
         Raises:
             JDLoRAError: more tokens than ``max_num_batched_tokens``.
         """
-        tokens, capacity = len(token_slots), len(self._token_slots)
-        if tokens > capacity:
-            raise JDLoRAError(f"{tokens} tokens in a step of at most {capacity}: raise --max-num-batched-tokens")
-        # New pinned memory each step: torch's host allocator hands a block out again only after the copy from it has
-        # run, whereas one buffer of our own could be overwritten while the previous step's copy is still queued.
-        staged = torch.empty(capacity, dtype=torch.int32, pin_memory=self._token_slots.is_cuda)
-        rows = staged.numpy()
-        rows[:tokens] = token_slots
-        rows[tokens:] = -1
-        self._token_slots.copy_(staged, non_blocking=True)
+        self.kernels.tiles.plan(self._token_base, token_slots)
 
-    def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> JDLayerPunica:
+    def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaGPU:
         """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
-        return JDLayerPunica(self, sigma)
+        wrapper = LayerPunicaGPU(self, f"{name}.jdlora", layer, sigma)
+        self._forward_context_layers[wrapper.name] = wrapper
+        return wrapper
 
-    def jd_linear(
+    def _unreachable(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("this LoRA layer should have been refused at start-up: only linear layers are served")
+
+    add_shrink = add_expand = add_lora_linear = _unreachable
+    add_lora_embedding = add_lora_logits = apply_lora_full_linear = _unreachable
+
+
+class LayerPunicaGPU:
+    """The wrapper that one layer sees; it owns the tables through which kernels find the layer's bases."""
+
+    def __init__(self, shared: JDPunicaGPU, name: str, layer: Any, sigma: torch.Tensor):
+        self._shared = shared
+        self.name = name
+        self.sigma = sigma
+        self.module = PackedModule.of(layer.lora_a_stacked, layer.lora_b_stacked)
+        shared.kernels.reserve(self.module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)
+
+    @property
+    def kernels(self) -> GroupedLoRA:
+        return self._shared.kernels
+
+    def add_lora_linear(
         self,
         y: torch.Tensor,
         x: torch.Tensor,
         lora_a_stacked: tuple[torch.Tensor, ...],
         lora_b_stacked: tuple[torch.Tensor, ...],
-        sigma: torch.Tensor,
+        scale: float,
         output_slices: tuple[int, ...],
+        *,
         add_inputs: bool = True,
-        buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        """``y += U Σ V x`` in place; rows without an adapter keep their bits.
+        """``y += U Σ V x``; ``scale`` is 1 in every caller, adapters' scalings are folded into Σ.
 
-        Args:
-            y: fp16 or bf16 [T, sum of output_slices].
-            x: [T, d_in], dtype of y.
-            lora_a_stacked: for each slice V [bases, 1, R, d_in], dtype of y.
-            lora_b_stacked: for each slice U [bases, 1, d_out, R], dtype of y.
-            sigma: bf16, fp16 or fp32 [slots, slices, R, R] or [slots, slices, R].
-            output_slices: d_out of each slice.
-            add_inputs: False writes ``U Σ V x`` over y (vLLM's dual-stream mode hands in zeros).
-            buffer: fp32 [slices, T, R] scratch; allocated here when absent, as vLLM does.
-            **kwargs: what a later vLLM may add; passed on.
+        ``add_inputs=False`` (vLLM's dual-stream mode, which hands in zeros) writes over the rows with an adapter.
         """
-        x = x.view(-1, x.shape[-1])
-        if buffer is None:
-            # Not initialised: shrink zeroes it, and expand reads no row without a base.
-            rank = lora_b_stacked[0].size(-1)
-            buffer = torch.empty((len(output_slices), x.size(0), rank), dtype=torch.float32, device=x.device)
-        self.add_shrink(buffer, x, lora_a_stacked, 1.0, **kwargs)
-        self.jd_expand(y, buffer, lora_b_stacked, sigma, output_slices, add_inputs=add_inputs, **kwargs)
+        torch.ops.vllm_jdlora.linear_gpu_(y, x, self.name, add_inputs)
 
-    def jd_expand(
+    def add_shrink(
+        self, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: tuple[torch.Tensor, ...], scale: float, **kwargs: Any
+    ) -> None:
+        """``y[i] = V[i] x`` by sorted row, for layers that gather y before the expand (``--fully-sharded-loras``)."""
+        torch.ops.vllm_jdlora.shrink_gpu_(y, x, self.name)
+
+    def add_expand(
         self,
         y: torch.Tensor,
-        h: torch.Tensor,
+        x: torch.Tensor,
         lora_b_stacked: tuple[torch.Tensor, ...],
-        sigma: torch.Tensor,
         output_slices: tuple[int, ...],
         offset_start: int = 0,
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """``y += U Σ h`` in place, for layers that gather h between shrink and expand (``--fully-sharded-loras``).
+        """``y += U Σ x`` for what :meth:`add_shrink` made. Σ mixes the components of x, so it follows the gather."""
+        torch.ops.vllm_jdlora.expand_gpu_(y, x, self.name, offset_start, add_inputs)
 
-        Σ mixes the components of h, so it cannot come before the gather. Overwrites h.
 
-        Args:
-            y: fp16 or bf16 [T, columns].
-            h: fp32 [slices, T, R], contiguous.
-            lora_b_stacked: for each slice U [bases, 1, d_out, R], dtype of y.
-            sigma: bf16, fp16 or fp32 [slots, slices, R, R] or [slots, slices, R].
-            output_slices: d_out of each slice.
-            offset_start: first column of y that the first slice writes.
-            add_inputs: False writes over y.
-            **kwargs: passed on.
-        """
-        # Launched without PDL: it starts after shrink has ended, and an expand launched with PDL waits for its end.
-        torch.ops.vllm_jdlora.sigma_(h, sigma, self._token_slots[: h.size(1)], self.token_mapping_meta.no_lora_flag_cpu)
-        self.add_expand(y, h, lora_b_stacked, output_slices, offset_start=offset_start, add_inputs=add_inputs, **kwargs)
+def _layer(name: str) -> LayerPunicaGPU:
+    layer: LayerPunicaGPU = get_forward_context().no_compile_layers[name]
+    return layer
 
-    def add_lora_linear(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: without the layer's Σ, stock would add ``U V x``, which is no adapter's.
 
-        Raises:
-            JDLoRAError: always.
-        """
-        raise JDLoRAError(
-            "a LoRA layer called the wrapper without its scaling matrices: exclude it with --lora-target-modules"
-        )
+def _linear_gpu_(y: torch.Tensor, x: torch.Tensor, layer: str, add_inputs: bool) -> None:
+    owner = _layer(layer)
+    owner.kernels.linear_(_rows(y), _rows(x), owner.module, owner.sigma, add_inputs)
+
+
+def _shrink_gpu_(h: torch.Tensor, x: torch.Tensor, layer: str) -> None:
+    owner = _layer(layer)
+    owner.kernels.shrink_(h, _rows(x), owner.module)
+
+
+def _expand_gpu_(y: torch.Tensor, h: torch.Tensor, layer: str, first_column: int, add_inputs: bool) -> None:
+    owner = _layer(layer)
+    owner.kernels.expand_(_rows(y), h, owner.module, owner.sigma, first_column, add_inputs)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[T, columns]; some models put a batch axis of 1 in front."""
+    return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
+
+
+def _fake(*args: Any) -> None:
+    """What torch.compile sees: the first tensor is mutated, nothing is returned."""
+
+
+# torch.library.custom_op would add tens of microseconds of Python to each of hundreds of calls in an eager step.
+_library = torch.library.Library("vllm_jdlora", "FRAGMENT")
+for _schema, _function in (
+    ("linear_gpu_(Tensor(a!) y, Tensor x, str layer, bool add_inputs) -> ()", _linear_gpu_),
+    ("shrink_gpu_(Tensor(a!) h, Tensor x, str layer) -> ()", _shrink_gpu_),
+    ("expand_gpu_(Tensor(a!) y, Tensor h, str layer, int first_column, bool add_inputs) -> ()", _expand_gpu_),
+):
+    _library.define(_schema)
+    _library.impl(_function.__name__.removeprefix("_"), _function, "CUDA")
+    _library.impl(_function.__name__.removeprefix("_"), _function, "CPU")  # for Triton's interpreter
+    _library._register_fake(_function.__name__.removeprefix("_"), _fake)

@@ -1,0 +1,332 @@
+"""The Triton kernels mean what the fp32 loops of ``reference.py`` mean, in the interpreter or on a GPU.
+
+Not collected by itself: ``test_triton_grouped.py`` runs this file in a process where Triton is interpreted. Scratch is
+full of NaN before every call: a kernel that reads a row which nothing has written fails everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.kernels import reference, triton_grouped
+from vllm_jdlora.kernels.packed_module import PackedModule
+from vllm_jdlora.kernels.token_tiles import TokenTiles
+from vllm_jdlora.kernels.triton_grouped import GroupedLoRA, fuses_scaling
+from vllm_jdlora.kernels.triton_shrink import Launch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+CLUSTERS, SLOTS, OTHER_SLICES = 3, 7, 2
+FP32_EPS = 2.0**-23
+# Unit roundoff. The interpreter cuts bf16 off instead of rounding it: twice the error.
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
+KINDS = ("identical", "distinct", "uniform", "one cluster", "base")
+
+
+@dataclass
+class Case:
+    """One packed module and one step of ``tokens`` tokens on ``padded`` rows."""
+
+    module: PackedModule
+    u: list[torch.Tensor]
+    v: list[torch.Tensor]
+    sigma: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+    cluster: np.ndarray
+    slot: np.ndarray
+    kernels: GroupedLoRA
+
+    def step(self, cluster: np.ndarray, slot: np.ndarray) -> None:
+        self.cluster, self.slot = cluster, slot
+        self.kernels.tiles.plan(cluster, slot)
+
+    def padded(self, values: np.ndarray) -> list[int]:
+        return values.tolist() + [-1] * (len(self.x) - len(values))
+
+    @property
+    def base_rows(self) -> torch.Tensor:
+        pairs = zip(self.padded(self.cluster), self.padded(self.slot), strict=True)
+        return torch.tensor([cluster < 0 or slot < 0 for cluster, slot in pairs])
+
+
+def popularity(kind: str, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster and slot of each token; −1 is the base model, which ``uniform`` mixes in."""
+    rng = np.random.default_rng(seed)
+    slot = {
+        "identical": np.full(tokens, 3),
+        "distinct": np.arange(tokens) % SLOTS,
+        "uniform": rng.integers(-1, SLOTS, tokens),
+        "one cluster": rng.integers(0, SLOTS // CLUSTERS, tokens) * CLUSTERS,
+        "base": np.full(tokens, -1),
+    }[kind]
+    return np.where(slot < 0, -1, slot % CLUSTERS), slot
+
+
+def problem(
+    *,
+    widths: tuple[int, ...] = (48, 16),
+    rank: int = 16,
+    d_in: int = 80,
+    dtype: torch.dtype = torch.float16,
+    sigma_dtype: torch.dtype | None = None,
+    diagonal: bool = False,
+    tokens: int = 5,
+    padding: int = 2,
+    kind: str = "uniform",
+    batch_invariant: bool = False,
+) -> Case:
+    g = torch.Generator().manual_seed(1000 * tokens + rank)
+
+    def rand(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    v = [rand(CLUSTERS, 1, rank, d_in) / d_in**0.5 for _ in widths]
+    u = [rand(CLUSTERS, 1, width, rank) / rank**0.5 for width in widths]
+    matrix = (rank,) if diagonal else (rank, rank)
+    worker_wide = rand(SLOTS, len(widths) + OTHER_SLICES, *matrix, dtype=sigma_dtype or dtype)
+    sigma = worker_wide.to(DEVICE)[:, 1 : 1 + len(widths)]
+    module = PackedModule.of([s.to(DEVICE) for s in v], [s.to(DEVICE) for s in u])
+    capacity = tokens + padding + 3
+    kernels = GroupedLoRA(TokenTiles(capacity, CLUSTERS, DEVICE), DEVICE, batch_invariant)
+    kernels.reserve(module)
+    kernels._h.fill_(torch.nan)
+    kernels._g.fill_(torch.nan)
+    cluster, slot = popularity(kind, tokens)
+    x, y = rand(tokens + padding, d_in).to(DEVICE), rand(tokens + padding, sum(widths)).to(DEVICE)
+    case = Case(module, [s[:, 0] for s in u], [s[:, 0] for s in v], sigma, x, y, cluster, slot, kernels)
+    case.step(cluster, slot)
+    return case
+
+
+def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """y of the loops, and by how much a kernel may differ from it."""
+    x, y, sigma = case.x.cpu(), case.y.cpu(), case.sigma.cpu()
+    clusters, slots = case.padded(case.cluster), case.padded(case.slot)
+    h = reference.jd_shrink(x, case.v, clusters)
+    # fp32 sums in another order: far below one rounding, but it passes through Σ, which may enlarge it.
+    h_spread = reference.jd_shrink(x.abs(), [v.abs() for v in case.v], clusters)
+    g_spread = reference.jd_sigma(h_spread, sigma.abs(), slots)
+    unit, u_abs = UNIT[case.module.dtype], [u.abs() for u in case.u]
+    zero = torch.zeros_like(y, dtype=torch.float32)
+    # Two roundings to the layer's dtype: of Σ V x on its way into U, and of the sum with y.
+    rounded = reference.jd_expand(zero, reference.jd_sigma(h, sigma, slots).abs(), u_abs, clusters)
+    order = reference.jd_expand(zero, g_spread, u_abs, clusters)
+    y = reference.jd_linear(y, x, case.u, case.v, sigma, clusters, slots)
+    return y, 1.1 * unit * (rounded + y.abs()) + 8 * FP32_EPS * order
+
+
+def assert_equals_reference(case: Case, y: torch.Tensor) -> None:
+    truth, bound = expected(case)
+    error = (y.cpu().float() - truth).abs()
+    base = case.base_rows
+    assert torch.all(error[~base] <= bound[~base]), f"{error.max()}, allowed there {bound[error == error.max()]}"
+    assert torch.equal(y.cpu()[base], case.y.cpu()[base])
+    # The bound must be far below what the adapters add, else the comparison says nothing.
+    delta = (truth - case.y.cpu().float()).abs()
+    assert base.all() or bound[~base].mean() < 30 * UNIT[case.module.dtype] * delta[~base].mean()
+
+
+def run(case: Case, x: torch.Tensor | None = None) -> torch.Tensor:
+    y = case.y.clone()
+    case.kernels.linear_(y, case.x if x is None else x, case.module, case.sigma)
+    return y
+
+
+@pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diag"])
+@pytest.mark.parametrize("rank", [8, 16, 24, 64])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "uniform"), (torch.bfloat16, "distinct")], ids=str)
+def test_every_rank_and_dtype_equals_the_reference(rank, diagonal, dtype, kind):
+    """At so few tokens Σ is part of the expand; three launches follow below."""
+    case = problem(rank=rank, diagonal=diagonal, dtype=dtype, kind=kind)
+    assert_equals_reference(case, run(case))
+
+
+@pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diag"])
+@pytest.mark.parametrize("rank", [8, 16, 24, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_three_launches_equal_the_reference(rank, diagonal, dtype):
+    case = problem(rank=rank, diagonal=diagonal, dtype=dtype, batch_invariant=True)
+    assert not fuses_scaling(len(case.x), rank, batch_invariant=True)
+    assert_equals_reference(case, run(case))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("widths", [(16,), (32, 32), (144, 16, 16)], ids=str)
+def test_every_mix_of_adapters_and_slices_equals_the_reference(widths, kind):
+    case = problem(widths=widths, kind=kind, tokens=18, d_in=48)
+    assert_equals_reference(case, run(case))
+
+
+@pytest.mark.parametrize("rank", [1, 128, 320])
+def test_the_other_ranks_of_vllm_equal_the_reference(rank):
+    """1 and 320 are no powers of two that ``tl.dot`` takes; from 128 on the expand reads U in several blocks."""
+    case = problem(rank=rank, tokens=2, padding=1, kind="distinct", widths=(32,))
+    assert_equals_reference(case, run(case))
+
+
+@pytest.mark.parametrize("d_in", [72, 130, 300])
+def test_inputs_that_are_no_multiple_of_a_block_equal_the_reference(d_in):
+    case = problem(d_in=d_in, widths=(24, 40))
+    assert_equals_reference(case, run(case))
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_split_input_is_added_up(batch_invariant):
+    case = problem(d_in=1100, batch_invariant=batch_invariant)
+    launch = case.kernels._launch(len(case.x), case.module)
+    assert 1 < launch.parts < 9 or not batch_invariant
+    assert launch.parts * launch.iterations * 128 >= 1100
+    assert_equals_reference(case, run(case))
+
+
+def test_tall_tiles_of_prefill_steps_equal_the_reference(monkeypatch):
+    """Steps of more than 512 tokens, brought down to a size that can be interpreted."""
+    monkeypatch.setattr("vllm_jdlora.kernels.triton_shrink.PREFILL_TOKENS", 16)
+    case = problem(tokens=75, kind="one cluster", widths=(32,), d_in=48, rank=32)
+    assert case.kernels._launch(len(case.x), case.module).rows == 32
+    assert_equals_reference(case, run(case))
+
+
+def test_scalings_wider_than_the_bases_keep_their_bits():
+    case = problem(sigma_dtype=torch.float32)
+    assert_equals_reference(case, run(case))
+
+
+def test_an_identity_scaling_is_plain_lora():
+    """What plain adapters rely on: they go through the same launches with an identity Σ."""
+    case = problem(kind="identical", batch_invariant=True)
+    case.sigma.copy_(torch.eye(16))
+    h = reference.jd_shrink(case.x.cpu(), case.v, case.padded(case.cluster)).half().float()
+    plain = reference.jd_expand(case.y.cpu(), h, case.u, case.padded(case.cluster))
+    torch.testing.assert_close(run(case).cpu().float(), plain, rtol=2 * UNIT[torch.float16], atol=1e-5)
+
+
+def test_the_same_addresses_serve_the_next_step():
+    """As a graph replay would: padded rows and launches stay, the plan changes."""
+    case = problem(tokens=18, padding=4)
+    for kind, tokens in (("uniform", 18), ("distinct", 7), ("base", 18), ("one cluster", 22)):
+        case.step(*popularity(kind, tokens, seed=tokens))
+        assert_equals_reference(case, run(case))
+
+
+def test_a_replayed_graph_of_a_step_without_adapters_changes_nothing():
+    """Launches captured with adapters find no tile when there are none."""
+    case = problem(kind="distinct")
+    live = case.kernels.tiles.live
+    case.step(*popularity("base", 5))
+    case.kernels.tiles.live = live  # what the capture saw
+    assert torch.equal(run(case), case.y)
+
+
+def test_a_token_has_equal_bits_in_any_batch():
+    case = problem(tokens=20, kind="uniform", batch_invariant=True, d_in=300)
+    together = run(case)
+    token = int(np.flatnonzero(case.slot >= 0)[-1])
+    case.kernels.tiles.plan(case.cluster[token : token + 1], case.slot[token : token + 1])
+    alone = case.y[token : token + 1].clone()
+    case.kernels.linear_(alone, case.x[token : token + 1], case.module, case.sigma)
+    assert torch.equal(alone[0], together[token])
+
+
+def test_sizes_depend_on_no_token_count_where_bits_must_not():
+    sizes = {
+        (launch.rows, launch.parts, launch.iterations)
+        for tokens in (1, 7, 64, 512, 513, 8192)
+        for launch in [Launch.of(tokens, 16, 48, 4096, 132, batch_invariant=True)]
+    }
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("fully_padded", [False, True])
+def test_shrink_and_expand_with_a_gather_between_equal_the_reference(fully_padded):
+    """``--fully-sharded-loras``: Σ after the gather; rows without an adapter of h stay what they were."""
+    case = problem(kind="base" if fully_padded else "uniform", tokens=9)
+    h = torch.full((2, len(case.x), 16), 5.0, device=DEVICE)
+    case.kernels.shrink_(h, case.x, case.module)
+    live = case.kernels.tiles.live
+    assert torch.equal(h[:, live:].cpu(), torch.full_like(h[:, live:].cpu(), 5.0))
+    order = case.kernels.tiles.sorted_token[:live].long().cpu()
+    truth = reference.jd_shrink(case.x.cpu(), case.v, case.padded(case.cluster))[:, order]
+    torch.testing.assert_close(h[:, :live].cpu(), truth, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+    y = case.y.clone()
+    case.kernels.expand_(y, h, case.module, case.sigma)
+    assert_equals_reference(case, y)
+
+
+def test_ranks_split_over_two_gpus_equal_the_whole():
+    """Each rank shrinks with its half of V; the gather puts the halves side by side."""
+    case, halves = problem(kind="distinct"), []
+    for part in (slice(0, 8), slice(8, 16)):
+        shard = PackedModule.of([v[:, :, part].contiguous() for v in case.module.v], case.module.u)
+        h = torch.zeros(2, len(case.x), 8, device=DEVICE)
+        case.kernels.shrink_(h, case.x, shard)
+        halves.append(h)
+    y = case.y.clone()
+    case.kernels.expand_(y, torch.cat(halves, dim=2), case.module, case.sigma)
+    assert_equals_reference(case, y)
+
+
+def test_columns_may_start_inside_y_and_be_written_over():
+    """Row-parallel sharded layers write their share of columns; dual-stream layers want the adapters' part alone."""
+    case = problem(widths=(32,), kind="distinct", padding=0)
+    wide = torch.full((len(case.x), 64), 7.0, dtype=torch.float16, device=DEVICE)
+    h = torch.zeros(1, len(case.x), 16, device=DEVICE)
+    case.kernels.shrink_(h, case.x, case.module)
+    case.kernels.expand_(wide, h, case.module, case.sigma, first_column=16, add_inputs=False)
+    alone = replace(case, y=torch.zeros_like(case.y))
+    assert_equals_reference(alone, wide[:, 16:48])
+    assert (wide[:, :16] == 7).all() and (wide[:, 48:] == 7).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_a_replayed_cuda_graph_follows_the_plan():
+    case = problem(tokens=40, padding=8, kind="distinct", dtype=torch.bfloat16)
+    y = case.y.clone()
+    case.kernels.linear_(y, case.x, case.module, case.sigma)  # compile before capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.kernels.linear_(y, case.x, case.module, case.sigma)
+    for kind, tokens in (("uniform", 40), ("one cluster", 48), ("base", 3), ("distinct", 11)):
+        case.step(*popularity(kind, tokens, seed=tokens))
+        y.copy_(case.y)
+        graph.replay()
+        assert_equals_reference(case, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, u: ([v[0].float()], [u[0].float()]), "fp16 or bf16"),
+        (lambda v, u: ([v[0].transpose(2, 3)], u), "dense and aligned"),
+        (lambda v, u: (v, [u[0].bfloat16()]), "dense and aligned"),
+        (lambda v, u: (v, [u[0][:2]]), "other clusters"),
+        (lambda v, u: (v * 2, [u[0], u[0][:, :, :, :8].contiguous()]), "one rank"),
+    ],
+)
+def test_bases_of_another_layout_are_refused(change, message):
+    v, u = torch.zeros(3, 1, 16, 32).half(), torch.zeros(3, 1, 48, 16).half()
+    with pytest.raises(JDLoRAError, match=message):
+        PackedModule.of(*change([v], [u]))
+
+
+def test_rows_of_another_layout_and_a_plan_for_more_tokens_are_refused():
+    case = problem(kind="distinct")
+    with pytest.raises(JDLoRAError, match="dense rows"):
+        run(case, x=case.x.float())
+    with pytest.raises(JDLoRAError, match="dense rows"):
+        run(case, x=case.x.t().contiguous().t())
+    with pytest.raises(JDLoRAError, match="plan is for 5 tokens"):
+        run(case, x=case.x[:4])
+
+
+def test_nothing_is_launched_for_a_step_without_adapters(monkeypatch):
+    case = problem(kind="base")
+    monkeypatch.setattr(triton_grouped, "jd_shrink_", None)
+    assert torch.equal(run(case), case.y)
