@@ -85,7 +85,11 @@ def test_a_collection_in_the_activation_metric_is_added_to_and_refreshed_in_it(h
     assert "output error (mean): 0." in capsys.readouterr().out
     assert main(["validate", "n"]) == 0
     assert all(a.output_error is not None for a in Collection.open("n").manifest.adapters)
-    capsys.readouterr()
+    assert main(["diff", "outputs", "n"]) == 1
+    out = capsys.readouterr().out
+    assert "output error: a0: 0." in out and "output error: stranger: not known → 0." in out
+    assert main(["diff", "c", "n"]) == 1
+    assert "output error" not in capsys.readouterr().out
     shared = ["--calibration", "moments.safetensors", "--json"]
     assert main(["refresh", "n", "adapters", "new", "-o", "again", *shared]) == 0
     assert set(json.loads(capsys.readouterr().out)["output_error"]) == {"mean_before", "mean_after"}

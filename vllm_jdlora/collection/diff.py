@@ -30,6 +30,7 @@ class CollectionDiff:
     content: tuple[Change, ...]  # SHA-256 of adapters that were compressed from other files
     moved: tuple[Change, ...]
     errors: tuple[Change, ...]
+    output_errors: tuple[Change, ...]  # in the metric that both were fitted in, None where not known; else nothing
     settings: dict[str, tuple[Any, Any]]
     slices_added: tuple[str, ...]
     slices_removed: tuple[str, ...]
@@ -55,6 +56,7 @@ def diff(a: Collection, b: Collection) -> CollectionDiff:
         content=changes("sha256"),
         moved=changes("cluster"),
         errors=changes("relative_error"),
+        output_errors=changes("output_error") if a.manifest.metric == b.manifest.metric else (),
         settings={key: (first.get(key), second.get(key)) for key in fields if first.get(key) != second.get(key)},
         slices_added=tuple(name for name, part in slices[1].items() if slices[0].get(name) != part),
         slices_removed=tuple(name for name, part in slices[0].items() if slices[1].get(name) != part),
@@ -65,10 +67,14 @@ def diff(a: Collection, b: Collection) -> CollectionDiff:
 
 def _adapters(manifest: CollectionManifest) -> dict[str, dict[str, Any]]:
     """What is compared of each adapter; a plain one's error is 0, whatever its error would have been compressed."""
+    exact = None if manifest.metric == "frobenius" else 0.0
     return {
         **{
-            e.name: {"sha256": e.sha256, "cluster": e.cluster, "relative_error": e.relative_error}
+            e.name: {field: getattr(e, field) for field in ("sha256", "cluster", "relative_error", "output_error")}
             for e in manifest.adapters
         },
-        **{p.name: {"sha256": p.sha256, "cluster": "plain", "relative_error": 0.0} for p in manifest.plain},
+        **{
+            p.name: {"sha256": p.sha256, "cluster": "plain", "relative_error": 0.0, "output_error": exact}
+            for p in manifest.plain
+        },
     }

@@ -22,8 +22,10 @@ def add_to(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from vllm_jdlora.collection import Collection
     from vllm_jdlora.collection.diff import diff
+    from vllm_jdlora.collection.schema import METRIC_ERRORS
 
-    found = diff(Collection.open(args.a, verify=False), Collection.open(args.b, verify=False))
+    a, b = Collection.open(args.a, verify=False), Collection.open(args.b, verify=False)
+    found, kind = diff(a, b), METRIC_ERRORS[a.manifest.metric]
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return 0 if found.same else 1
@@ -36,6 +38,7 @@ def _run(args: argparse.Namespace) -> int:
         *(f"other content: {c.name}: SHA-256 {c.before[:12]} → {c.after[:12]}" for c in found.content),
         *(f"moved: {c.name}: cluster {c.before} → {c.after}" for c in found.moved),
         *(f"relative error: {c.name}: {c.before:.4f} → {c.after:.4f}" for c in found.errors),
+        *(f"{kind}: {c.name}: {_error(c.before)} → {_error(c.after)}" for c in found.output_errors),
         *(f"{field}: {before} → {after}" for field, (before, after) in found.settings.items()),
         *(f"slice added: {name}" for name in found.slices_added),
         *(f"slice removed: {name}" for name in found.slices_removed),
@@ -44,3 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     for line in lines:
         print(printable(line))
     return 1
+
+
+def _error(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.4f}"
