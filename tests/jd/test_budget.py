@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,18 +13,22 @@ from tests.jd.dense import ListSource, dense, family_factors, random_factors
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd import budget
 from vllm_jdlora.jd.budget import (
+    Choice,
     ErrorCurves,
     MeasuredSlices,
     Sizes,
+    best_of,
+    cheapest_loss,
     choices,
     choose_for_bytes,
     choose_for_error,
     cluster_grid,
     curves_of,
+    diagonal_choices,
     error_curves,
     frontier,
-    water_filling,
 )
+from vllm_jdlora.jd.diag import fit_diag
 from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.paper_preset import paper_preset
 from vllm_jdlora.jd.problem import Factors, SliceProblem
@@ -170,28 +175,55 @@ def test_the_frontier_has_no_choice_that_another_beats(measured: ErrorCurves) ->
     assert all(a.bytes < b.bytes and a.mean_squared_error > b.mean_squared_error for a, b in itertools.pairwise(best))
 
 
-def test_water_filling_finds_the_optimum_of_concave_gains() -> None:
-    draw = torch.Generator().manual_seed(0)
-    ranks = (4, 8, 12, 16)
-    gains = torch.rand(4, 3, generator=draw, dtype=torch.float64).sort(1, descending=True).values
-    lost = 5 - torch.cat([torch.zeros(4, 1, dtype=torch.float64), gains.cumsum(1)], 1)
-    costs = [[float(rank) for rank in ranks]] * 4
-    found = water_filling(lost, ranks, costs, 36)
-    best = min(
-        sum(float(lost[s, i]) for s, i in enumerate(chosen))
-        for chosen in itertools.product(range(4), repeat=4)
-        if sum(ranks[i] for i in chosen) <= 36
-    )
-    assert sum(found) <= 36
-    assert sum(float(lost[s, ranks.index(r)]) for s, r in enumerate(found)) == pytest.approx(best)
-    # Two narrow slices together gain more than a wide one in as many bytes.
-    narrow, wide = [0.0, 5.0], [0.0, 10.0]
-    assert water_filling(torch.tensor([[1.0, 0.0], [0.6, 0.0], [0.6, 0.0]]), (4, 8), [wide, narrow, narrow], 10) == (
-        4, 8, 8)  # fmt: skip
-    # A gain that only comes at the second step is taken too.
-    assert water_filling(torch.tensor([[1.0, 1.0, 0.0]]), (4, 8, 12), [[4.0, 8.0, 12.0]], 12) == (12,)
-    with pytest.raises(JDLoRAError, match="rank 4 in every slice"):
-        water_filling(lost, ranks, costs, 15)
+def test_a_rank_between_two_of_the_grid_is_used_where_it_fits() -> None:
+    curves = planted([[[0.5] * 4, [0.4] * 4]], (1,), (4, 8))
+    sizes = Sizes(((64, 64),), (4096,) * 4)
+    found = choose_for_bytes(curves, sizes, sizes.total(1, 6) + 10)
+    assert (found.rank, found.bytes) == (6, sizes.total(1, 6))
+    assert choose_for_bytes(curves, sizes, sizes.total(1, 8)).rank == 8
+
+
+def test_diagonal_choices_predict_what_a_fit_of_every_slice_loses() -> None:
+    problems = [SliceProblem.from_factors(factors, "s") for factors in SLICES]
+    sizes = Sizes(((24, 24),) * 2, (8 * 2 * 3 * 48,) * 8, diagonal=True)
+    labels = {1: torch.zeros(8, dtype=torch.int64), 2: torch.tensor(FAMILIES)}
+    found = diagonal_choices(problems, labels, sizes, int(0.4 * sizes.uncompressed))
+    assert [choice.clusters for choice in found] == [1, 2]
+    for choice in found:
+        rank, k = choice.rank, choice.clusters
+        assert sizes.total(k, rank) == choice.bytes <= 0.4 * sizes.uncompressed < sizes.total(k, rank + 1)
+        lost, norm = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+        for factors in SLICES:
+            for label in range(k):
+                members = [i for i in range(8) if int(labels[k][i]) == label]
+                part = SliceProblem.from_factors([factors[i] for i in members], "s")
+                fit = fit_diag(part, rank, max_sweeps=40)
+                for sigma, position in zip(fit.sigma, part.members.tolist(), strict=True):
+                    w = dense(factors[members[position]])
+                    lost[members[position]] += (w - fit.u @ sigma.diag() @ fit.v).square().sum()
+                    norm[members[position]] += w.square().sum()
+        assert choice.mean_squared_error == pytest.approx(float((lost / norm).mean()), rel=1e-3)
+
+
+def test_of_choices_as_good_the_lowest_rank_is_taken() -> None:
+    def choice(rank: int, squared: float) -> Choice:
+        return Choice(rank, 1, 100, squared**0.5, squared**0.5, squared)
+
+    assert best_of([choice(32, 0.100), choice(16, 0.104), choice(8, 0.2)]).rank == 16
+    assert best_of([choice(32, 0.100), choice(16, 0.106)]).rank == 32
+
+
+def test_both_methods_are_compared_at_the_bytes_of_each() -> None:
+    # Strangers: truncated SVDs side by side are the best there is, and only JD-Diag holds them without R² numbers each.
+    source = ListSource([random_factors(16, 40, 40, 4, seed=m) for m in range(2)])
+    sizes = Sizes(((40, 40),) * 2, (2 * 2 * 4 * 80,) * 16)
+    both = {"full": sizes, "diag": replace(sizes, diagonal=True)}
+    found = cheapest_loss(source, both, int(0.5 * sizes.uncompressed))
+    alone = cheapest_loss(source, {"full": sizes}, int(0.5 * sizes.uncompressed))
+    assert (found.method, alone.method) == ("diag", "full")
+    assert found.mean_squared_error < alone.mean_squared_error and found.bytes <= 0.5 * sizes.uncompressed
+    with pytest.raises(JDLoRAError, match="too few for 16 adapters"):
+        cheapest_loss(source, {"diag": both["diag"]}, 10)
 
 
 def test_the_papers_choice_takes_the_least_clusters_under_its_error() -> None:
@@ -224,8 +256,7 @@ def test_measured_slices_hold_every_projection_alike_and_spread_over_layers(monk
     assert len(MeasuredSlices([probe] * 90, names)) == 6
 
 
-def test_curves_of_a_source_are_those_of_its_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_SEARCH_EFFORT", 0)
+def test_curves_of_a_source_are_those_of_its_probes() -> None:
     curves = curves_of(ListSource(SLICES))
     assert curves.n == 8 and curves.clusters == cluster_grid(8) and curves.squared_norm.shape == (8, 2)
     assert math.isclose(float(curves.relative_squared()[-1, -1].max()), 0, abs_tol=1e-9)  # rank 64 holds it all

@@ -86,11 +86,12 @@ def test_norms_and_errors_are_those_of_the_values_returned(clusters: int, dtype:
     torch.testing.assert_close(fit.squared_norm, norms.T, rtol=1e-6, atol=0)
 
 
-def test_the_objective_is_the_summed_relative_squared_error() -> None:
+def test_the_objective_is_the_squared_relative_error_of_adapters_over_all_slices() -> None:
     source = families()
     fit = compressed(source, rank=4, clusters=2)
+    over_slices = (fit.squared_error.sum(1) / fit.squared_norm.sum(1)).sum()
     # The objective is measured with fp32 bases before Σ is refitted on them.
-    assert abs(float(relative(fit)) - fit.objective[-1]) < 1e-5 * fit.objective[-1]
+    assert float(over_slices) * 3 == pytest.approx(fit.objective[-1], rel=1e-5)
 
 
 def test_a_cast_to_bf16_costs_no_more_than_its_rounding() -> None:
@@ -253,7 +254,7 @@ def test_missing_slices_and_zero_adapters_have_zero_scalings_and_do_not_touch_th
         assert fit.squared_norm[adapter, at] == 0 and fit.squared_error[adapter, at] == 0
     torch.testing.assert_close(fit.squared_error, dense_errors(source, fit), rtol=1e-9, atol=1e-9)  # fp64 sums
     if clusters == 1:
-        alone = compressed(ListSource([first]), rank=5, clusters=1)
+        alone = compressed(ListSource([first, [None, *second[1:]]]), rank=5, clusters=1)
         assert torch.equal(alone.slice(0).u, fit.slice(0).u) and torch.equal(
             sigma_of(alone)[:, 0], sigma_of(fit)[:5, 0]
         )
@@ -281,10 +282,14 @@ def test_a_rank_beyond_every_dimension_is_padded() -> None:
     assert not fit.slice(0).u[:, :, 6:].any() and not sigma_of(fit)[:, :, :, 5:].any()
 
 
+WEIGHED = 3
+"""Slices that are read once more at the start, for the adapters' energies: all of three."""
+
+
 def test_one_cluster_reads_every_slice_once_and_does_no_clustering() -> None:
     source, stages = families(), []
     fit = compressed(source, rank=4, clusters=1, progress=lambda *event: stages.append(event))
-    assert source.reads == 3 and fit.passes == 1 and len(fit.objective) == 1
+    assert source.reads == WEIGHED + 3 and fit.passes == 1 and len(fit.objective) == 1
     assert stages == [("fit", m, 3) for m in (1, 2, 3)]
 
 
@@ -369,7 +374,7 @@ def test_a_fit_goes_on_where_it_stopped_to_the_same_bits(after: int) -> None:
         compressed(families(), rank=4, clusters=3, store=store)
     source = families()
     fit = compressed(source, rank=4, clusters=3, store=store)
-    assert source.reads == 6 - after  # two passes over three slices
+    assert source.reads == WEIGHED + 6 - after  # two passes over three slices
     whole = compressed(families(), rank=4, clusters=3, store=begun(WRONG))
     assert fit.objective == whole.objective and torch.equal(fit.squared_error, whole.squared_error)
     for m in range(3):
@@ -408,7 +413,7 @@ class OneSliceAtATime(ListSource):
 def test_factors_of_one_slice_at_a_time_are_in_memory() -> None:
     source = OneSliceAtATime([family_factors(LABELS, 40, 4, 0.05, seed=m) for m in range(3)])
     fit = compressed(source, rank=4, clusters=3, store=begun(WRONG))
-    assert fit.passes == 2 and source.reads == 6
+    assert fit.passes == 2 and source.reads == WEIGHED + 6
 
 
 @pytest.mark.parametrize(
@@ -436,5 +441,5 @@ def test_a_source_without_adapters_or_slices_is_refused() -> None:
 def test_a_source_that_gives_too_few_factors_is_refused() -> None:
     source = families()
     source.n = 11
-    with pytest.raises(JDLoRAError, match="slice0: factors of 10 adapters, expected 11"):
+    with pytest.raises(JDLoRAError, match=r"slice\d: factors of 10 adapters, expected 11"):
         compressed(source, rank=4, clusters=1)

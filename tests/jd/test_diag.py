@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.jd.dense import dense, random_factors
+from tests.jd.dense import dense, random_factors, unit
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.diag import DiagFit, _begin, _simultaneous, fit_diag, refit_diag
 from vllm_jdlora.jd.full import fit_full
@@ -234,3 +234,12 @@ def test_refitting_on_the_bases_as_found_gives_the_fit_and_its_error_even_in_a_l
     torch.testing.assert_close(sigma, fit.sigma, rtol=1e-3, atol=1e-3 * float(sigma.abs().max()))  # fp32 bases
     relative = float((error / problem.squared_norms).sum())
     assert relative == pytest.approx(fit.objective[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_columns_for_all_members_side_by_side_lose_no_more_than_the_truncated_svd_of_each(each: int) -> None:
+    factors = random_factors(4, 40, 30, [3, 5, 4, 4])
+    fit = fit_diag(SliceProblem.from_factors(factors, "s"), 4 * each)
+    tails = [torch.linalg.svdvals(w)[each:].square().sum() for w in unit([dense(f) for f in factors])]
+    # Strangers: the columns may be shared out by need, and shared, so it is less and never more.
+    assert fit.objective[-1] < float(sum(tails)) - 1e-3

@@ -184,6 +184,6 @@ def test_bases_lifted_from_gradients_without_full_rank_are_finite():
 
 def test_isotropic_gradients_change_nothing():
     factors, c = adapters(), moment()
-    problem, metric, whitened, fit = fitted_to_loss(factors, c, 3.0 * torch.eye(30).double(), 5)
+    _, _, _, fit = fitted_to_loss(factors, c, 3.0 * torch.eye(30).double(), 5)
     _, _, _, alone = fitted(factors, c, 5, 0.0)
     assert fit.captured[-1] == pytest.approx(alone.captured[-1], rel=1e-9)

@@ -7,6 +7,7 @@ import torch
 
 from tests.jd.dense import dense, random_factors
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.problem import Factors, SliceProblem, squared_error, squared_norm
 
 # Both sides are fp64 sums of a few thousand products: 1e-12 is a hundred times their rounding.
@@ -118,3 +119,19 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
 def test_factors_that_do_not_multiply_are_refused() -> None:
     with pytest.raises(JDLoRAError, match="do not multiply"):
         Factors(torch.zeros(12, 3), torch.zeros(2, 10))
+
+
+def test_an_importance_of_three_counts_like_three_copies() -> None:
+    factors = random_factors(4, 30, 20, 3)
+    problem = SliceProblem.from_factors(factors, "s")
+    energies = problem.squared_norms / torch.tensor([1.0, 3.0, 1.0, 2.0], dtype=torch.float64)
+    weighted = problem.in_shares_of(energies)
+    copies = SliceProblem.from_factors([factors[i] for i in (0, 1, 1, 1, 2, 3, 3)], "s")
+    torch.testing.assert_close(weighted.squared_norms, problem.squared_norms)
+    assert weighted.total == pytest.approx(7)
+    one, other = (fit_full(each, 4, max_sweeps=100).captured[-1] for each in (weighted, copies))
+    assert one == pytest.approx(other, rel=1e-6)
+    again = weighted.in_shares_of(energies)  # not twice
+    torch.testing.assert_close(again.weights, weighted.weights)
+    without = problem.in_shares_of(torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(without.weights, problem.weights)

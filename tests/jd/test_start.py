@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.jd.dense import dense, family_factors, random_factors, unit
-from vllm_jdlora.jd.full import fit_full
+from tests.jd.dense import family_factors, random_factors
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 from vllm_jdlora.jd.start import (
     _similarities,
@@ -15,7 +14,6 @@ from vllm_jdlora.jd.start import (
     candidate_starts,
     related_groups,
     similarity_of,
-    stacked_start,
 )
 
 
@@ -97,35 +95,6 @@ def test_another_seed_draws_other_starts() -> None:
     probes = [SliceProblem.from_factors(random_factors(12, 40, 30, 4), "s")]
     a, b = (candidate_starts(probes, 12, 3, 3, seed) for seed in (0, 100))
     assert any(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize(("ranks", "rank"), [(6, 8), (6, 11), ([2, 5, 3, 6], 16), (6, 3), (6, 64)])
-def test_a_joint_fit_from_stacked_svds_captures_at_least_what_they_do(ranks: int | list[int], rank: int) -> None:
-    # Flat and steep spectra: the strongest directions of all would be those of the steep ones alone.
-    steep = [0.2, 0.9, 0.4, 1.0]
-    factors = [
-        Factors(f.b * steep[i] ** torch.arange(f.b.shape[1]), f.a)
-        for i, f in enumerate(random_factors(4, 40, 30, ranks))
-    ]
-    problem = SliceProblem.from_factors(factors, "s")
-    u, v = stacked_start(problem, rank)
-    assert u.shape == (40, rank) and v.shape == (rank, 30) and u.dtype == problem.a.dtype
-    matrices = unit([dense(factors[int(i)]) for i in problem.members])
-    each = rank // 4
-    svds = [float(torch.linalg.svdvals(w)[:each].square().sum()) for w in matrices]
-    joint = [float((u.T @ w @ v.T).square().sum()) for w in matrices]
-    assert all(b >= a - 1e-6 for a, b in zip(svds, joint, strict=True))  # factors are fp32
-    fit = fit_full(problem, rank, start=(u, v))
-    assert fit.captured[-1] >= sum(joint) - 1e-9 and fit.captured[-1] >= sum(svds) - 1e-6
-
-
-def test_stacked_svds_are_orthonormal_also_where_members_share_directions() -> None:
-    (one, other) = random_factors(2, 40, 30, 3)
-    u, v = stacked_start(SliceProblem.from_factors([one, one, other], "s"), 9)
-    for gram in (u.T @ u, v @ v.T):
-        kept = gram.diagonal() > 0.5
-        assert 6 <= int(kept.sum()) <= 9
-        torch.testing.assert_close(gram[kept][:, kept], torch.eye(int(kept.sum()), dtype=gram.dtype))
 
 
 def test_the_similarity_of_adapters_with_nothing_is_zero() -> None:

@@ -57,8 +57,10 @@ def compress(
         rank: R. With ``clusters`` left out too, the choice for ``max_bytes`` or ``max_error`` where one of them is
             given, else the paper's for the number of adapters.
         clusters: K, at most the number of adapters.
-        method: ``full`` (Σ is a matrix) or ``diag`` (its diagonal).
-        moments: fit in the activation metric: least error of outputs for inputs with these second moments.
+        method: ``full`` (Σ is a matrix), ``diag`` (its diagonal), or ``auto``: the one that loses less in
+            ``max_bytes``, ``full`` where there is no such choice.
+        moments: fit in their metric: least error of outputs for inputs with these second moments, or, where they have
+            gradients too, of the loss.
         max_error: adapters with a larger relative error (of outputs, with ``moments``) are stored uncompressed.
         max_bytes: of bases and scalings, plain adapters included.
         dtype: of bases and scalings on disk: ``bf16``, ``fp16`` or ``fp32``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 import torch
@@ -25,24 +25,24 @@ from vllm_jdlora.collection.schema import (
 from vllm_jdlora.collection.second_moments import SecondMoments
 from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.budget import Choice, Sizes, choose_for_bytes, choose_for_error, curves_of
+from vllm_jdlora.jd.budget import Choice, Sizes, cheapest_loss, choose_for_error, curves_of
 from vllm_jdlora.jd.certificate import certify_clusters
-from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection, probe_positions
+from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection, probe_positions, weighted_slices
 from vllm_jdlora.jd.paper_preset import paper_rule
-from vllm_jdlora.jd.passes import FitStore, MetricOf, Slices
+from vllm_jdlora.jd.passes import FitStore, MetricOf
 from vllm_jdlora.jd.search import single_member_clusters
 from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceRecipe
 
 Progress = Callable[[str, int, int], None]
 ByteLimit = Callable[[int], int]
 """Bytes of all adapters uncompressed → bytes that the collection may take."""
-_RECIPE = 2
+_RECIPE = 3
 """Raised when the same adapters and options would be fitted in another way: half-done work of before is not used."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """As the arguments of `compress`."""
+    """As the arguments of `compress`; of a `Job`, with the method that was chosen."""
 
     rank: int | None
     clusters: int | None
@@ -54,6 +54,11 @@ class Options:
     quantize: str
     seed: int
     effort: float
+
+    @property
+    def methods(self) -> Sequence[str]:
+        """To choose from; the first is taken where there is no choice by measured errors."""
+        return ("full", "diag") if self.method == "auto" else (self.method,)
 
     @property
     def metric(self) -> str:
@@ -200,12 +205,13 @@ class Job:
         """(floor, reached) root mean squares on the probe slices; None where these are too large for a certificate."""
         if self.options.method != "full":
             return None, None
-        slices = Slices(self.source, self.metrics)
+        slices = weighted_slices(self.source, self.metrics, self.options.seed)
         positions = probe_positions(len(slices), self.options.seed)
         bounds = certify_clusters((slices[index] for index in positions), fit.cluster, self.rank)
         if bounds is None:
             return None, None
-        reached = sum(float(fit.slice(index).relative().sum()) for index in positions)
+        parts = [fit.slice(index) for index in positions]
+        reached = sum(float((part.importance(slices.energies) * part.relative()).sum()) for part in parts)
         return bounds.relative[0], (reached / max(bounds.weight, 1.0)) ** 0.5
 
 
@@ -219,7 +225,7 @@ def job_for(fitted: list[Adapter], plain: list[KeptPlain], base: BaseModel, opti
     if rank is None and clusters is None and budget:
         uncompressed = sum(2 * p.adapter.parameters for p in plain)
         choice = _within_budget(fitted, slices, uncompressed, options, report)
-        rank, clusters = choice.rank, choice.clusters
+        rank, clusters, options = choice.rank, choice.clusters, replace(options, method=choice.method)
         reason = f"predicted to be above the error of {options.max_error or 0:g}"
         plain = [*plain, *(KeptPlain(fitted[i], reason) for i in choice.plain)]
         fitted = [a for i, a in enumerate(fitted) if i not in choice.plain]
@@ -232,7 +238,7 @@ def job_for(fitted: list[Adapter], plain: list[KeptPlain], base: BaseModel, opti
         clusters=min(auto_clusters, len(fitted)) if clusters is None else clusters,
         plain=plain,
         base=base,
-        options=options,
+        options=replace(options, method=options.methods[0]),
     )
     check_settings(job.source, job.clusters)
     return job
@@ -243,10 +249,12 @@ def _within_budget(
 ) -> Choice:
     sizes = _sizes(fitted, slices, options, always_plain)
     metrics = None if options.moments is None else metric_of(options.moments, slices)
-    curves = curves_of(AdapterSource(fitted, slices), metric_of=metrics, seed=options.seed, progress=report)
+    source, seed = AdapterSource(fitted, slices), options.seed
     limit = None if options.max_bytes is None else options.max_bytes(sizes.uncompressed)
     if options.max_error is None:
-        return choose_for_bytes(curves, sizes, limit or 0)
+        both = {method: replace(sizes, diagonal=method == "diag") for method in options.methods}
+        return cheapest_loss(source, both, limit or 0, metric_of=metrics, seed=seed, progress=report)
+    curves = curves_of(source, metric_of=metrics, method=options.methods[0], seed=seed, progress=report)
     choice = choose_for_error(curves, sizes, options.max_error)
     if limit is not None and choice.bytes > limit:
         raise JDLoRAError(

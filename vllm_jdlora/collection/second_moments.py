@@ -199,10 +199,7 @@ def _parsed_header(text: str | None) -> tuple[Origin, dict[str, str], dict[str, 
         raise JDLoRAError("holds no second moments")
     if raw.get("format_version") != FORMAT_VERSION:
         raise JDLoRAError(f"format version {raw.get('format_version')!r:.20}, this program reads {FORMAT_VERSION}")
-    inputs, gradients = raw.get("inputs"), raw.get("gradients")
-    for names in (inputs, gradients):
-        if not isinstance(names, dict) or not all(isinstance(key, str) for key in names.values()):
-            raise JDLoRAError("its header lacks the list of slices")
+    inputs, gradients = (_names(raw.get(field)) for field in ("inputs", "gradients"))
     if not inputs or (gradients and set(gradients) != set(inputs)):
         raise JDLoRAError("its header lacks the list of slices")
     try:
@@ -222,3 +219,9 @@ def _missing(slice_name: str) -> str:
     return (
         f"no second moment for {slice_name}: calibrate with the modules of these adapters (jdlora calibrate --adapters)"
     )
+
+
+def _names(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value.values()):
+        raise JDLoRAError("its header lacks the list of slices")
+    return value

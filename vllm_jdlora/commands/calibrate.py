@@ -1,4 +1,4 @@
-"""`jdlora calibrate`: the second moments of the base model's activations, for the activation metric."""
+"""`jdlora calibrate`: the second moments of the base model's activations and gradients, for the metrics of a fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from vllm_jdlora.commands.terminal import positive, progress_bars, readable_byte
 
 
 def add_to(commands: Any) -> None:
-    parser = commands.add_parser("calibrate", help="gather the second moments that the activation metric weighs by")
+    parser = commands.add_parser(
+        "calibrate", help="gather the second moments that --metric activation and fisher weigh by"
+    )
     parser.add_argument("--base-model", type=Path, required=True, metavar="M", help="Hugging Face folder")
     parser.add_argument(
         "--calibration",
@@ -27,6 +29,7 @@ def add_to(commands: Any) -> None:
         default=["q_proj", "k_proj", "v_proj"],
         help="or by name (default: q_proj k_proj v_proj)",
     )
+    parser.add_argument("--gradients", action="store_true", help="those of gradients too, for --metric fisher")
     parser.add_argument("--max-tokens", type=positive, default=512, metavar="N", help="of each text (default: 512)")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the model (default: fp32)")
     parser.set_defaults(run=_run)
@@ -44,7 +47,13 @@ def _run(args: argparse.Namespace) -> int:
     texts = calibration_texts(args.base_model, args.calibration)
     with progress_bars() as show:
         moments = gather_cached(
-            args.base_model, texts, slices, max_tokens_per_text=args.max_tokens, dtype=args.dtype, progress=show
+            args.base_model,
+            texts,
+            slices,
+            gradients=args.gradients,
+            max_tokens_per_text=args.max_tokens,
+            dtype=args.dtype,
+            progress=show,
         )
     moments.save(args.output)
     origin = moments.origin

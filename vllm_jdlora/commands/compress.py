@@ -36,19 +36,22 @@ def add_to(commands: Any) -> None:
     size.add_argument("--preset", choices=["paper"], help="paper: rank and clusters by its rule, measured errors")
     fit = parser.add_argument_group("fit")
     fit.add_argument(
-        "--method", choices=["full", "diag"], default="full", help="Σ a matrix [R, R], or its diagonal (default: full)"
+        "--method",
+        choices=["auto", "full", "diag"],
+        default="auto",
+        help="Σ a matrix [R, R], or its diagonal; auto: what loses less in --max-bytes, else full (default: auto)",
     )
     fit.add_argument(
         "--metric",
-        choices=["frobenius", "activation"],
+        choices=["frobenius", "activation", "fisher"],
         default="frobenius",
-        help="least error of ΔW, or of the outputs on calibration text (default: frobenius)",
+        help="least error of ΔW, of the outputs on calibration text, or of the loss there (default: frobenius)",
     )
     fit.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text for --metric activation (.txt, .jsonl), or moments from jdlora calibrate (.safetensors)",
+        help="text for the other metrics (.txt, .jsonl), or moments from jdlora calibrate (.safetensors)",
     )
     fit.add_argument("--seed", type=int, default=0, help="of the clustering's starts (default: 0)")
     fit.add_argument(
@@ -114,8 +117,8 @@ def _check(args: argparse.Namespace) -> None:
         raise JDLoRAError("--max-bytes and --preset choose rank and clusters: leave out --rank and --clusters")
     if args.preset and args.max_bytes:
         raise JDLoRAError("give --preset or --max-bytes, not both")
-    if args.calibration is not None and args.metric != "activation":
-        raise JDLoRAError("--calibration is for --metric activation")
+    if args.calibration is not None and args.metric == "frobenius":
+        raise JDLoRAError("--calibration is for --metric activation or fisher")
     if args.output.exists() and not args.force:
         raise JDLoRAError(f"{args.output}: exists already; choose another name or give --force to replace it")
 
@@ -132,13 +135,13 @@ def _paper_size(adapters: list[Adapter], seed: int, show: Any) -> tuple[int, int
 
 
 def _moments(args: argparse.Namespace, adapters: list[Adapter], show: Any) -> SecondMoments | None:
-    """Second moments of the inputs for the activation metric, gathered unless a file of them is given."""
+    """Second moments for the metric, gathered unless a file of them is given."""
     if args.metric == "frobenius":
         return None
     from vllm_jdlora.collection.source import common_slices
 
     slices = common_slices([a for a in adapters if not a.plain_only])
-    return moments_from(args.calibration, args.base_model, slices, show, asked_by=f"--metric {args.metric}")
+    return moments_from(args.calibration, args.base_model, slices, show, metric=args.metric)
 
 
 def _clusters(text: str) -> int | None:

@@ -16,28 +16,22 @@ if TYPE_CHECKING:
 
 
 def moments_from(
-    calibration: Path | None, base_model: str | None, slices: Sequence[SliceShape], show: Any, *, asked_by: str
+    calibration: Path | None, base_model: str | None, slices: Sequence[SliceShape], show: Any, *, metric: str
 ) -> SecondMoments:
-    """Second moments of the slices' inputs, gathered (and cached) unless a file of them is given.
+    """Second moments that a metric needs for the slices, gathered (and cached) unless a file of them is given.
 
-    calibration: a file of moments (.safetensors), or of text. base_model: the folder that runs the text. asked_by:
-    what needs them, for messages. Raises JDLoRAError where neither a file of moments nor a folder is given.
+    calibration: a file of moments (.safetensors), or of text. base_model: the folder that runs the text. metric:
+    "activation" or "fisher". Raises JDLoRAError where neither a file of moments nor a folder is given.
     """
-    from vllm_jdlora.collection.second_moments import SecondMoments
+    from vllm_jdlora.evaluation.calibrated import moments_from as made
 
-    if calibration is not None and calibration.suffix == ".safetensors":
-        return SecondMoments.load(calibration)
-    if base_model is None or not Path(base_model).is_dir():
+    of_file = calibration is not None and calibration.suffix == ".safetensors"
+    if not of_file and (base_model is None or not Path(base_model).is_dir()):
         raise JDLoRAError(
-            f"{asked_by} runs the base model on calibration text: give its folder as --base-model, or moments "
+            f"the {metric} metric runs the base model on calibration text: give its folder as --base-model, or moments "
             "from jdlora calibrate as --calibration"
         )
-    try:
-        from vllm_jdlora.calibration import calibration_texts, gather_cached
-    except ImportError as error:
-        raise JDLoRAError(f"{asked_by} needs {error.name}: install vllm-jdlora[evaluate]") from None
-    texts = calibration_texts(Path(base_model), calibration)
-    return gather_cached(Path(base_model), texts, slices, progress=show)
+    return made(calibration, Path(base_model or ""), slices, gradients=metric == "fisher", progress=show)
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -70,4 +64,4 @@ def moments_of_collection(
     slices |= {part.name: part for part in manifest.slices}
     # The collection's own order first: what was gathered when it was compressed is found again.
     ordered = sorted(slices.values(), key=lambda part: part not in manifest.slices)
-    return moments_from(calibration, base_model, ordered, show, asked_by=f"the {manifest.metric} metric")
+    return moments_from(calibration, base_model, ordered, show, metric=manifest.metric)

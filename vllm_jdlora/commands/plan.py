@@ -6,7 +6,9 @@ import argparse
 import json
 import math
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
     from vllm_jdlora.jd.budget import Choice, ErrorCurves, Sizes
+    from vllm_jdlora.jd.problem import SliceProblem
 
 _WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 _PLAIN_WIDTH = 2
@@ -93,9 +96,8 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_jdlora.collection.base_model import of_one_base_model
     from vllm_jdlora.collection.build import threads_for
     from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
-    from vllm_jdlora.jd.budget import MeasuredSlices, curves_of, frontier
+    from vllm_jdlora.jd.budget import curves_of, frontier, measured_slices
     from vllm_jdlora.jd.certificate import certify_clusters
-    from vllm_jdlora.jd.passes import Slices
 
     with progress_bars() as show:
         show("read adapters", 0, 1)
@@ -116,10 +118,12 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
             quantize="none",
             always_plain=sum(_PLAIN_WIDTH * a.parameters for a in everything if a.plain_only),
         )
-        choice, asked = _chosen(args, curves, sizes)
-        measured = MeasuredSlices(Slices(source, None), source.slice_names)
+        measured = measured_slices(source, None, args.seed)
+        diagonal = replace(sizes, diagonal=True)
         with threads_for(adapters, slices):
-            bounds = certify_clusters(measured, choice.cluster, choice.rank)
+            choice, asked = _chosen(args, curves, sizes, partial(_diagonal, measured, curves, diagonal, show))
+            full = choice.method == "full"
+            bounds = certify_clusters(measured, choice.cluster, choice.rank) if full else None
     room = _Room(args.device_memory, args.adapters_expected)
     slot = _slot_bytes(sizes, max(a.rank for a in adapters))
     return {
@@ -134,8 +138,9 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
         "choices": [
             room.row(sizes, c.clusters, c.rank, slot) | {"relative_error": _errors(c)} for c in frontier(curves, sizes)
         ],
-        "recommended": room.row(sizes, choice.clusters, choice.rank, slot)
+        "recommended": room.row(sizes if full else diagonal, choice.clusters, choice.rank, slot)
         | {
+            "method": choice.method,
             "asked": asked,
             "relative_error": _errors(choice),
             "bounds": None
@@ -152,9 +157,24 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _chosen(args: argparse.Namespace, curves: ErrorCurves, sizes: Sizes) -> tuple[Choice, str]:
+def _diagonal(
+    measured: Sequence[SliceProblem], curves: ErrorCurves, sizes: Sizes, show: Any, max_bytes: int
+) -> list[Choice]:
+    """What JD-Diag would lose in so many bytes, in the clusters of the curves."""
+    from vllm_jdlora.jd.budget import diagonal_choices, diagonal_grid
+
+    labels = {k: curves.labels[curves.clusters.index(k)] for k in diagonal_grid(curves.n) if k in curves.clusters}
+    return diagonal_choices(measured, labels, sizes, max_bytes, show)
+
+
+def _chosen(
+    args: argparse.Namespace, curves: ErrorCurves, sizes: Sizes, diagonal: Callable[[int], list[Choice]]
+) -> tuple[Choice, str]:
     """The choice for the budgets given, and the budgets in words."""
-    from vllm_jdlora.jd.budget import choose_for_bytes, choose_for_error, frontier
+    from vllm_jdlora.jd.budget import best_of, choose_for_bytes, choose_for_error, frontier
+
+    def within(max_bytes: int) -> Choice:
+        return best_of([choose_for_bytes(curves, sizes, max_bytes), *diagonal(max_bytes)])
 
     budget: ByteBudget | None = args.max_bytes
     if args.max_error is not None:
@@ -166,12 +186,12 @@ def _chosen(args: argparse.Namespace, curves: ErrorCurves, sizes: Sizes) -> tupl
             )
         return choice, f"fewest bytes at a relative error of at most {args.max_error:g}"
     if budget is not None:
-        return choose_for_bytes(curves, sizes, budget.of(sizes.uncompressed)), f"least error in {budget.text}"
+        return within(budget.of(sizes.uncompressed)), f"least error in {budget.text}"
     smallest = frontier(curves, sizes)[0]
     allowed = byte_budget(_DEFAULT_BUDGET).of(sizes.uncompressed)
     if smallest.bytes > allowed:
         return smallest, f"the smallest: {_DEFAULT_BUDGET} of the adapters' bytes is too little for so few of them"
-    return choose_for_bytes(curves, sizes, allowed), f"least error in {_DEFAULT_BUDGET} of the adapters' bytes"
+    return within(allowed), f"least error in {_DEFAULT_BUDGET} of the adapters' bytes"
 
 
 def _of_collection(args: argparse.Namespace) -> dict[str, Any]:
@@ -218,7 +238,7 @@ def _errors(choice: Choice) -> dict[str, float]:
 
 def _command(args: argparse.Namespace, choice: Choice) -> str:
     parts = ["jdlora", "compress", *map(str, args.paths), "-o", "COLLECTION"]
-    parts += ["--rank", str(choice.rank), "--clusters", str(choice.clusters)]
+    parts += ["--rank", str(choice.rank), "--clusters", str(choice.clusters), "--method", choice.method]
     if args.max_error is not None:
         parts += ["--max-error", f"{args.max_error:g}"]
     if args.dtype != "bf16":
@@ -279,7 +299,8 @@ def _print(facts: dict[str, Any]) -> None:
 def _print_recommended(best: dict[str, Any], show: Any) -> None:
     error = best["relative_error"]
     show(
-        f"{best['asked']}: rank {best['rank']}, {best['clusters']} clusters, {readable_bytes(best['total_bytes'])}, "
+        f"{best['asked']}: JD-{best['method'].capitalize()}, rank {best['rank']}, {best['clusters']} clusters, "
+        f"{readable_bytes(best['total_bytes'])}, "
         f"relative error {error['mean']:.3f} (mean), {error['max']:.3f} (max)"
     )
     if best["plain"]:

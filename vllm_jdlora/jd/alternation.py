@@ -32,7 +32,7 @@ class Clustering:
     u: list[Tensor]  # for each fitted slice [K, d_out, R] fp32 on the CPU
     v: list[Tensor]  # for each fitted slice [K, R, d_in]
     captured: Tensor  # [n, K] fp64, Σ_slices w_i‖U_kᵀ ΔW_i V_k‖²
-    weight: Tensor  # [n] fp64, slices where the adapter has something = the most that can be captured
+    weight: Tensor  # [n] fp64, Σ_slices of its importance = the most that can be captured
     changed: list[int]  # clusters whose members changed since their bases were fitted
     objective: list[float]  # Σ (weight − captured by the own cluster) after each refit
 
@@ -80,7 +80,7 @@ def refit(
             u[k], v[k] = fit.u.cpu(), fit.v.cpu()
         shares = captured_by_cluster(problem, u[changed].to(device), v[changed].to(device)).cpu()
         captured[members[:, None], changed] += shares
-        weight[members] += 1
+        weight[members] += problem.importance.cpu()
         us.append(u)
         vs.append(v)
         report("fit", index + 1, len(slices))

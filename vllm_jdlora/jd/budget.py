@@ -1,23 +1,26 @@
-"""Rank and clusters from an error or a byte budget: error curves measured on a few slices, and the choices on them."""
+"""Method, rank and clusters from an error or a byte budget: errors measured on a few slices, and choices by them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.alternation import Progress
-from vllm_jdlora.jd.clustering import probe_slices
-from vllm_jdlora.jd.passes import MetricOf, Slices
+from vllm_jdlora.jd.clustering import probe_slices, weighted_slices
+from vllm_jdlora.jd.diag import fit_diag
+from vllm_jdlora.jd.passes import MetricOf
 from vllm_jdlora.jd.problem import FactorSource, SliceProblem
 from vllm_jdlora.jd.search import best_assignment
 from vllm_jdlora.jd.slice_fit import METHODS
 
 RANKS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+DIAGONAL_RANKS = (4, 8, 16, 32, 64)
+"""JD-Diag's ranks do not nest: each is a fit of its own."""
 _CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MARGIN = 0.1
 """Share by which an adapter's relative error over all slices may exceed its prediction from a few.
@@ -29,8 +32,13 @@ MARGIN = 0.1
 _MEASURED, _MEASURED_VALUES = 24, 2**30
 # Adapters are grouped for bases of this rank at most: groups that are right for one rank are nearly so for others.
 _RANK_OF_SEARCH = 16
-_SEARCH_EFFORT = 0.1
 _SWEEPS = 4
+_DIAGONAL_SWEEPS = 40
+# JD-Diag's bases hold its members' own rank-one terms: few, wide clusters share them best. (32 real adapters, 8 bits:
+# at 1/16 of the bytes K 1, 2, 4, 8 lose .029, .028, .029, .035 of the output energy; JD-Full's best is .034.)
+_MEMBERS_OF_DIAGONAL = 8
+# What a token costs goes with the rank: of choices that lose at most this much more than the least, the lowest rank.
+_AS_GOOD = 1.05
 
 
 def cluster_grid(n: int) -> tuple[int, ...]:
@@ -50,6 +58,7 @@ class ErrorCurves:
     labels: Tensor  # [C, n] int64
     squared_error: Tensor  # [C, G, n, P] fp64, ‖ΔW − UΣV‖², in the slices' metric
     squared_norm: Tensor  # [n, P] fp64, ‖ΔW‖²; zero where the adapter has nothing
+    method: str = "full"
 
     @property
     def n(self) -> int:
@@ -67,10 +76,14 @@ class ErrorCurves:
         return relative.where(known, worst)
 
     def root_mean_square(self, clusters: int, rank: int) -> float:
-        """Over adapters and slices, each pair alike: what certificates bound. (`relative_squared` goes by norms.)"""
-        present = self.squared_norm > 0
-        lost = self.squared_error[self.clusters.index(clusters), self.ranks.index(rank)]
-        return float((lost[present] / self.squared_norm[present]).mean().sqrt())
+        """Of relative errors over adapters, slices together: what certificates bound. Between ranks by a line."""
+        relative = self.relative_squared()[self.clusters.index(clusters)].mean(1)  # [G]
+        above = next((g for g, known in enumerate(self.ranks) if known >= rank), len(self.ranks) - 1)
+        below = max(0, above - 1) if self.ranks[above] != rank else above
+        if self.ranks[below] == self.ranks[above]:
+            return float(relative[above].sqrt())
+        part = (rank - self.ranks[below]) / (self.ranks[above] - self.ranks[below])
+        return float(torch.lerp(relative[below], relative[above], part).sqrt())
 
 
 def error_curves(
@@ -79,28 +92,28 @@ def error_curves(
     *,
     measured: Sequence[SliceProblem] | None = None,
     clusters: Sequence[int] | None = None,
-    ranks: Sequence[int] = RANKS,
+    ranks: Sequence[int] | None = None,
+    method: str = "full",
     seed: int = 0,
-    effort: float | None = None,
+    effort: float = 0.0,
     progress: Progress | None = None,
 ) -> ErrorCurves:
     """Group n adapters by the probes, and fit every cluster in the measured slices once, at the largest rank.
 
-    Smaller ranks start from the leading columns of that fit, whose gauge nests them.
+    Smaller ranks start from the leading columns of that fit, whose gauge nests them; those of JD-Diag are fitted apart.
     measured: read one at a time (default: the probes, on which the groups look better than elsewhere). clusters:
     ascending, at most n each (default: `cluster_grid`). ranks: ascending. effort: of `best_assignment`.
     progress: called as (stage, done, total) with stages "group" and "measure".
     """
-    clusters = tuple(cluster_grid(n) if clusters is None else clusters)
+    if clusters is None:
+        clusters = cluster_grid(n) if method == "full" else diagonal_grid(n)
+    if ranks is None:
+        ranks = RANKS if method == "full" else DIAGONAL_RANKS
+    clusters = tuple(clusters)
     measured = probes if measured is None else measured
-    effort = _SEARCH_EFFORT if effort is None else effort
     report = progress or (lambda stage, done, total: None)
-    labels = torch.zeros(len(clusters), n, dtype=torch.int64)
-    report("group", 0, len(clusters))
-    for row, k in enumerate(clusters):
-        rank = _rank_of_search(probes, n, k)
-        labels[row] = best_assignment(probes, n, rank, k, seed, lambda *_: None, effort=effort)
-        report("group", row + 1, len(clusters))
+    lost_by_rank = _lost_by_rank if method == "full" else _lost_diagonal
+    labels = torch.stack(list(groups(probes, n, clusters, seed=seed, effort=effort, progress=report).values()))
     squared_norm = torch.zeros(n, len(measured), dtype=torch.float64)
     lost = torch.zeros(len(clusters), len(ranks), n, len(measured), dtype=torch.float64)
     for index in range(len(measured)):
@@ -112,23 +125,48 @@ def error_curves(
             for label in own.unique():
                 positions = (own == label).nonzero()[:, 0]
                 part = problem.subset(positions.to(problem.members.device))
-                lost[row, :, members[positions], index] = _lost_by_rank(part, ranks)
+                lost[row, :, members[positions], index] = lost_by_rank(part, ranks)
         report("measure", index + 1, len(measured))
-    return ErrorCurves(clusters, tuple(ranks), labels, lost * squared_norm, squared_norm)
+    return ErrorCurves(clusters, tuple(ranks), labels, lost * squared_norm, squared_norm, method)
+
+
+def groups(
+    probes: Sequence[SliceProblem],
+    n: int,
+    clusters: Sequence[int],
+    *,
+    seed: int = 0,
+    effort: float = 0.0,
+    progress: Progress | None = None,
+) -> dict[int, Tensor]:
+    """K → labels [n] int64 of n adapters, for each of these numbers of clusters. effort: of `best_assignment`."""
+    report = progress or (lambda stage, done, total: None)
+    report("group", 0, len(clusters))
+    found = {}
+    for done, k in enumerate(clusters, 1):
+        rank = _rank_of_search(probes, n, k)
+        found[k] = best_assignment(probes, n, rank, k, seed, lambda *_: None, effort=effort)
+        report("group", done, len(clusters))
+    return found
 
 
 def curves_of(
     source: FactorSource,
     *,
     metric_of: MetricOf | None = None,
+    method: str = "full",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ErrorCurves:
-    """`error_curves` of a collection: grouped on the slices that its own fit takes, measured on `MeasuredSlices`."""
-    slices = Slices(source, metric_of)
-    probes = probe_slices(slices, seed)
-    measured = MeasuredSlices(slices, source.slice_names)
-    return error_curves(probes, source.n, measured=measured, seed=seed, progress=progress)
+    """`error_curves` of a collection: grouped on the slices that its own fit takes, measured on `measured_slices`."""
+    probes = probe_slices(weighted_slices(source, metric_of, seed), seed)
+    measured = measured_slices(source, metric_of, seed)
+    return error_curves(probes, source.n, measured=measured, method=method, seed=seed, progress=progress)
+
+
+def measured_slices(source: FactorSource, metric_of: MetricOf | None, seed: int) -> MeasuredSlices:
+    """The slices of a collection that errors are predicted from."""
+    return MeasuredSlices(weighted_slices(source, metric_of, seed), source.slice_names)
 
 
 class MeasuredSlices(Sequence[SliceProblem]):
@@ -153,6 +191,11 @@ class MeasuredSlices(Sequence[SliceProblem]):
         return self._slices[self.indices[index]]
 
 
+def diagonal_grid(n: int) -> tuple[int, ...]:
+    """Numbers of clusters worth a measurement for JD-Diag of n adapters."""
+    return tuple(k for k in _CLUSTERS if k == 1 or k * _MEMBERS_OF_DIAGONAL <= n)
+
+
 def _rank_of_search(probes: Sequence[SliceProblem], n: int, clusters: int) -> int:
     """Below what holds a whole cluster: bases that lose nothing cannot tell who belongs where."""
     rows = max((probe.rows for probe in probes), default=0)
@@ -175,7 +218,16 @@ def _lost_by_rank(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
             z = problem.bt @ torch.linalg.qr(problem.gram_step_out(z, t)).Q
             t = problem.a @ torch.linalg.qr(problem.gram_step_in(z, t)).Q
         kept.append(problem.energies(z, t))
-    return (1 - torch.stack(kept)).clamp_min(0).cpu()
+    return (1 - torch.stack(kept) / problem.importance).clamp_min(0).cpu()
+
+
+def _lost_diagonal(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
+    """The same of JD-Diag, each rank fitted."""
+    kept = []
+    for rank in ranks:
+        fit = fit_diag(problem, rank, max_sweeps=_DIAGONAL_SWEEPS)
+        kept.append(METHODS["diag"].captured(problem, fit.u[None], fit.v[None])[:, 0])
+    return (1 - torch.stack(kept) / problem.importance).clamp_min(0).cpu()
 
 
 @dataclass(frozen=True)
@@ -227,6 +279,7 @@ class Choice:
     mean_error: float
     max_error: float
     mean_squared_error: float
+    method: str = "full"
     plain: tuple[int, ...] = ()  # positions of the adapters that are better kept uncompressed
     cluster: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False, compare=False)  # [n] on the probes
 
@@ -255,6 +308,7 @@ def choices(curves: ErrorCurves, sizes: Sizes, max_error: float | None = None, m
                         mean_error=float(errors.mean()),
                         max_error=float(errors.max()),
                         mean_squared_error=float(squared[kept].mean()),
+                        method=curves.method,
                         plain=plain,
                         cluster=curves.labels[row],
                     )
@@ -296,7 +350,73 @@ def choose_for_bytes(curves: ErrorCurves, sizes: Sizes, max_bytes: int) -> Choic
             f"{max_bytes} bytes are too few for {sizes.n} adapters: the smallest choice (rank {smallest.rank}, "
             f"{smallest.clusters} clusters) takes {smallest.bytes}"
         )
-    return min(fitting, key=lambda c: (c.mean_squared_error, c.bytes))
+    best = min(fitting, key=lambda c: (c.mean_squared_error, c.bytes))
+    rank = _filled(curves.ranks, sizes, best.clusters, best.rank, max_bytes)
+    return replace(best, rank=rank, bytes=sizes.total(best.clusters, rank))
+
+
+def _filled(ranks: Sequence[int], sizes: Sizes, clusters: int, rank: int, max_bytes: int) -> int:
+    """The largest rank from this one to the next of the grid's that still fits: error only falls with rank."""
+    above = [r for r in ranks if r > rank]
+    while rank + 1 < (above[0] if above else rank + 1) and sizes.total(clusters, rank + 1) <= max_bytes:
+        rank += 1
+    return rank
+
+
+def diagonal_choices(
+    measured: Sequence[SliceProblem],
+    labels: Mapping[int, Tensor],
+    sizes: Sizes,
+    max_bytes: int,
+    progress: Progress | None = None,
+) -> list[Choice]:
+    """JD-Diag at the largest rank that `max_bytes` hold, for each number of clusters in `labels` (K → [n] int64).
+
+    Measured by fits on the slices given. Ranks above 64 and below 2 are left out. progress: stage "measure JD-Diag".
+    """
+    tried = []
+    for k in labels:
+        fitting = [r for r in range(2, DIAGONAL_RANKS[-1] + 1) if sizes.total(k, r) <= max_bytes]
+        tried += [(k, fitting[-1])] if fitting else []
+    report = progress or (lambda stage, done, total: None)
+    norm = torch.zeros(sizes.n, dtype=torch.float64)
+    lost = torch.zeros(len(tried), sizes.n, dtype=torch.float64)
+    for index in range(len(measured) if tried else 0):
+        problem = measured[index]
+        members = problem.members.cpu()
+        norm[members] += problem.squared_norms.cpu()
+        for row, (k, rank) in enumerate(tried):
+            own = labels[k][members]
+            for label in own.unique():
+                positions = (own == label).nonzero()[:, 0]
+                part = problem.subset(positions.to(problem.members.device))
+                lost[row, members[positions]] += _lost_diagonal(part, [rank])[0] * part.squared_norms.cpu()
+        report("measure JD-Diag", index + 1, len(measured))
+    known = norm > 0
+    out = []
+    for (k, rank), error in zip(tried, lost, strict=True):
+        squared = error[known] / norm[known]
+        errors = squared.sqrt()
+        out.append(
+            Choice(
+                rank=rank,
+                clusters=k,
+                bytes=sizes.total(k, rank),
+                mean_error=float(errors.mean()),
+                max_error=float(errors.max()),
+                mean_squared_error=float(squared.mean()),
+                method="diag",
+                cluster=labels[k],
+            )
+        )
+    return out
+
+
+def best_of(choices: Sequence[Choice]) -> Choice:
+    """The least mean squared error; of those nearly as good (5 %) the lowest rank."""
+    least = min(choice.mean_squared_error for choice in choices)
+    near = [choice for choice in choices if choice.mean_squared_error <= _AS_GOOD * least]
+    return min(near, key=lambda choice: (choice.rank, choice.mean_squared_error))
 
 
 def frontier(curves: ErrorCurves, sizes: Sizes) -> list[Choice]:
@@ -308,31 +428,39 @@ def frontier(curves: ErrorCurves, sizes: Sizes) -> list[Choice]:
     return best
 
 
-def water_filling(
-    lost: Tensor, ranks: Sequence[int], costs: Sequence[Sequence[float]], max_cost: float
-) -> tuple[int, ...]:
-    """Rank for each slice, [P]: steps of most gain for their cost first, while they fit.
+def cheapest_loss(
+    source: FactorSource,
+    sizes: Mapping[str, Sizes],
+    max_bytes: int,
+    *,
+    metric_of: MetricOf | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Choice:
+    """Method, rank and clusters of the least mean squared relative error in `max_bytes`; see `best_of`.
 
-    lost [P, G]: error of each slice at each of the ascending `ranks`; costs [P][G]: bytes there. All slices start at
-    the first rank. A step may go up several ranks where gains are not concave.
-    Raises JDLoRAError where the first rank everywhere costs more than `max_cost`.
+    sizes: by method, for those to choose from ("full", "diag"). Raises JDLoRAError where nothing fits.
     """
-    at = [0] * len(lost)
-    spent = sum(cost[0] for cost in costs)
-    if spent > max_cost:
-        raise JDLoRAError(f"rank {ranks[0]} in every slice takes {spent:.0f}, more than the {max_cost:.0f} allowed")
-    table = lost.tolist()
-
-    def steps() -> Iterator[tuple[float, int, int]]:
-        for s, now in enumerate(at):
-            for then in range(now + 1, len(ranks)):
-                cost = costs[s][then] - costs[s][now]
-                gain = table[s][now] - table[s][then]
-                if gain > 0 and spent + cost <= max_cost:
-                    yield gain / cost, s, then
-
-    while (step := max(steps(), default=None)) is not None:
-        _, s, then = step
-        spent += costs[s][then] - costs[s][at[s]]
-        at[s] = then
-    return tuple(ranks[i] for i in at)
+    measured = measured_slices(source, metric_of, seed)
+    probes = probe_slices(weighted_slices(source, metric_of, seed), seed)
+    found: list[Choice] = []
+    refused: JDLoRAError | None = None
+    if "full" in sizes:
+        curves = error_curves(probes, source.n, measured=measured, seed=seed, progress=progress)
+        try:
+            found.append(choose_for_bytes(curves, sizes["full"], max_bytes))
+        except JDLoRAError as error:
+            refused = error
+    if "diag" in sizes:
+        grid = diagonal_grid(source.n)
+        if "full" in sizes:
+            labels = {k: curves.labels[curves.clusters.index(k)] for k in grid if k in curves.clusters}
+        else:
+            labels = groups(probes, source.n, grid, seed=seed, progress=progress)
+        found += diagonal_choices(measured, labels, sizes["diag"], max_bytes, progress)
+    if not found:
+        smallest = min(sizes.values(), key=lambda size: size.total(1, 2))
+        raise refused or JDLoRAError(
+            f"{max_bytes} bytes are too few for {source.n} adapters: rank 2 in one cluster takes {smallest.total(1, 2)}"
+        )
+    return best_of(found)

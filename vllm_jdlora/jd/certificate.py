@@ -24,7 +24,7 @@ _LARGEST_GRAM = 4096
 
 @dataclass(frozen=True)
 class Certificate:
-    """Bounds of the least squared error of joint fits, summed over `weight` adapters × slices of unit norm each."""
+    """Bounds of the least squared error of joint fits, over adapters and slices of importance `weight` in all."""
 
     lower: float  # no U, V of the rank have less
     upper: float  # the HOSVD start, and every fit that is at least as good, has no more
@@ -32,16 +32,16 @@ class Certificate:
 
     @property
     def relative(self) -> tuple[float, float]:
-        """Both bounds as a relative error (root of the mean over adapters and slices of the squared one)."""
+        """Both bounds as a relative error (root of the mean of the squared one over adapters and slices, weighted)."""
         if self.weight == 0:
             return 0.0, 0.0
         return (self.lower / self.weight) ** 0.5, (self.upper / self.weight) ** 0.5
 
 
 def certify(problem: SliceProblem, rank: int) -> Certificate | None:
-    """Bounds of Σ_i ‖ΔW_i − UΣ_iV‖²/‖ΔW_i‖² over all U, V of rank R in one slice, all members in one cluster.
+    """Bounds of Σ_i w_i‖ΔW_i − UΣ_iV‖² over all U, V of rank R in one slice, all members in one cluster.
 
-    lower is the largest of four bounds: both tails, the members' own truncated SVDs Σ_i Σ_{j>R} σ_j²/‖ΔW_i‖², and,
+    lower is the largest of four bounds: both tails, the members' own truncated SVDs Σ_i Σ_{j>R} w_iσ_j², and,
     as the Σ_i span R² dimensions at most, the tail beyond R² of the Gram matrix of the adapters (paper, Theorem 1).
     None where a side of the core, min(P, d), is above 1024. Computed in fp64 on the CPU. Raises JDLoRAError for
     rank < 1.
@@ -59,7 +59,7 @@ def certify(problem: SliceProblem, rank: int) -> Certificate | None:
     ]
     lower = max(*tails, _own_floors(core, rank), _gram_tail(core, rank))
     upper = sum(tails)
-    return Certificate(min(lower, upper), upper, float(len(problem)))  # they may cross by rounding
+    return Certificate(min(lower, upper), upper, problem.total)  # they may cross by rounding
 
 
 def certify_clusters(slices: Iterable[SliceProblem], cluster: Tensor, rank: int) -> Certificate | None:

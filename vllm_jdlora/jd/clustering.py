@@ -40,7 +40,7 @@ class CollectionFit:
     output_norm: Tensor | None  # [n, S] fp64, both in the metric, where there is one
     output_error: Tensor | None
     passes: int  # over all slices, one that was dropped included
-    objective: list[float]  # Σ of `SliceFit.relative` over adapters and slices after each accepted pass; falls
+    objective: list[float]  # Σ of squared relative errors after each accepted pass, times slices; falls
     slice: Callable[[int], SliceFit]  # by position
 
 
@@ -56,7 +56,7 @@ def fit_collection(
     store: FitStore | None = None,
     progress: Progress | None = None,
 ) -> CollectionFit:
-    """Fit bases, assignment and scalings of all adapters of `source`, each of unit norm in each slice.
+    """Fit bases, assignment and scalings of all adapters of `source`: least Σ_i of their squared relative errors.
 
     clusters: K ≤ n. seed: draws the starts; the same seed and inputs give the same bits on one machine with one number
     of threads. effort: of the search for clusters (`best_assignment`). max_passes: over all slices; there is another
@@ -68,7 +68,7 @@ def fit_collection(
     check_settings(source, clusters, max_passes)
     report = progress or _quiet
     store = store or MemoryStore()
-    slices = Slices(source, metric_of)
+    slices = weighted_slices(source, metric_of, seed)
     number = len(store.accepted())
     if number == 0:
         if store.cluster(0) is None:
@@ -125,6 +125,12 @@ def assignment(
         probes, labels, clusters, rank=rank, max_rounds=_PROBE_ROUNDS, max_sweeps=_PROBE_SWEEPS, report=_quiet
     )
     return state.cluster
+
+
+def weighted_slices(source: FactorSource, metric_of: MetricOf | None, seed: int) -> Slices:
+    """The source's slices, each adapter as important in one as its share of the adapter's energy, by the probes."""
+    slices = Slices(source, metric_of)
+    return slices.weighted_by(probe_positions(len(slices), seed))
 
 
 def probe_positions(slices: int, seed: int) -> list[int]:

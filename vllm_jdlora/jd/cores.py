@@ -49,10 +49,10 @@ class Cores:
         sides = [leading_directions(probe, ignored) for probe in probes]
         self.t = max((self_t for _, _, self_t in sides), default=1)
         self.left, self.right = [], []
-        self.weight = torch.zeros(n, dtype=torch.float64)  # [n] slices where the adapter has something
+        self.weight = torch.zeros(n, dtype=torch.float64)  # [n] the most that can be captured
         for probe, (left, right, _) in zip(probes, sides, strict=True):
             members = probe.members.cpu()
-            self.weight[members] += 1
+            self.weight[members] += probe.importance.cpu()
             self.left.append(_placed(left, members, n, self.t))
             self.right.append(_placed(right, members, n, self.t))
         self._grams: tuple[Tensor, Tensor] | None = None
@@ -137,7 +137,7 @@ def leading_directions(probe: SliceProblem, ignored: float = 0.0) -> tuple[Tenso
         left[at, :size] = ((q_out @ u.to(q_out.dtype)).mT * s[:, :, None].to(q_out.dtype)).cpu()
         right[at, :size] = (vh.to(q_in.dtype) @ q_in.mT).cpu()
         energy[at, :size] = s.square().cpu()
-    held = energy.mean(0).cumsum(0) if len(probe) else torch.ones(1)
+    held = energy.sum(0).cumsum(0) / energy.sum().clamp_min(1e-300) if len(probe) else torch.ones(1)
     return left, right, min(int((held < 1 - ignored - 1e-12).sum()) + 1, widest)
 
 

@@ -58,9 +58,9 @@ def fit_diag(problem: SliceProblem, rank: int, *, start: FullFit | None = None, 
     if len(problem) == 0:
         return DiagFit(u, v, sigma, (0.0,))
     full = fit_full(problem, max(_CORE * rank, _LEAST_CORE)) if start is None else start
-    unit = problem.weights.sqrt() / problem.scale  # true scale -> adapters of unit norm
+    unit = problem.weights.sqrt() / problem.scale  # true scale -> as important as they are
     cores = full.sigma[:, : full.rank_out, : full.rank_in].double() * unit[:, None, None]
-    outside = max(0.0, len(problem) - float(cores.square().sum()))
+    outside = max(0.0, problem.total - float(cores.square().sum()))
     state = _decompose(cores, rank, max_sweeps)
 
     energy, order = state.c.square().sum(0).sort(descending=True, stable=True)

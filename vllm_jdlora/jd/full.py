@@ -53,7 +53,7 @@ def fit_full(
     core, q_out, q_in = _reduce(problem)
     if len(problem) == 0:
         return _empty(problem, rank)
-    total = float(len(problem))
+    total = problem.total
     u, v = _hosvd(core, rank, q_out, q_in)
     state = _start(core, u, v)
     if start is not None:

@@ -59,7 +59,7 @@ class SliceMetric:
         bt = problem.bt if self.root_out is None else problem.bt @ self.root_out.to(problem.bt)
         whitened = problem.with_stacks(bt, self.whitened(problem.a))
         norms = whitened.stacked_squared_norms().clamp_min(torch.finfo(torch.float64).tiny)
-        return replace(whitened, weights=1 / norms)
+        return replace(whitened, weights=problem.importance / norms)
 
     def lifted(self, problem: SliceProblem, whitened: SliceProblem, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(U [d_out, R], V [R, d_in]) with L_Gᵀ U = u and V L_C = v for bases u, v fitted to `whitened`.

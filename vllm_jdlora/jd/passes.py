@@ -71,17 +71,30 @@ class MemoryStore:
 class Slices(Sequence[SliceProblem]):
     """The source's slices in the metric, stacked anew at each access: only the current one is held in memory."""
 
-    def __init__(self, source: FactorSource, metric_of: MetricOf | None) -> None:
+    def __init__(self, source: FactorSource, metric_of: MetricOf | None, energies: Tensor | None = None) -> None:
+        """energies: [n] fp64 that adapters are weighted by (`SliceProblem.in_shares_of`)."""
         self.n = source.n
+        self.energies = energies
         self._source = source
         self._metric_of = metric_of
+
+    def weighted_by(self, positions: Sequence[int]) -> Slices:
+        """The same with the adapters' mean squared norms over some slices, in the metric, as energies."""
+        energy, held = torch.zeros(2, self.n, dtype=torch.float64)
+        for index in positions:
+            problem = Slices(self._source, self._metric_of)[index]
+            members = problem.members.cpu()
+            energy[members] += problem.squared_norms.cpu()
+            held[members] += 1
+        return Slices(self._source, self._metric_of, energy / held.clamp_min(1))
 
     def __len__(self) -> int:
         return len(self._source.slice_names)
 
     def __getitem__(self, index: int) -> SliceProblem:  # type: ignore[override]
         metric = self.metric(index)
-        return self.plain(index) if metric is None else metric.applied_to(self.plain(index))
+        view = self.plain(index) if metric is None else metric.applied_to(self.plain(index))
+        return view if self.energies is None else view.in_shares_of(self.energies)
 
     def __iter__(self) -> Iterator[SliceProblem]:
         return (self[index] for index in range(len(self)))
@@ -118,7 +131,7 @@ class Pass:
     number: int
     cluster: Tensor  # [n]
     captured: Tensor  # [n, K] summed over slices
-    weight: Tensor  # [n] slices where the adapter has something
+    weight: Tensor  # [n] Σ_slices of its importance
     squared_norm: Tensor  # [n, S], the fields of `SliceFit` of these names
     squared_error: Tensor
     output_norm: Tensor | None
@@ -127,7 +140,7 @@ class Pass:
 
     @property
     def remaining(self) -> float:
-        """Energy that the bases before the cast leave, in units of one adapter in one slice."""
+        """Energy that the bases before the cast leave, in units of an adapter's mean slice."""
         return max(0.0, float((self.weight - self.captured.gather(1, self.cluster[:, None])[:, 0]).sum()))
 
     def clustering(self) -> Clustering:
@@ -155,6 +168,7 @@ def run_pass(
                 clusters,
                 recipe,
                 metric=slices.metric(index),
+                energies=slices.energies,
                 before=before,
                 changed=changed,
             )
@@ -174,8 +188,9 @@ def finished_pass(slices: Slices, clusters: int, store: FitStore, number: int) -
     for index in range(len(slices)):
         fit = loaded(store, number, index)
         captured += fit.captured
-        weight += fit.squared_norm > 0
-        objective += float(fit.relative().sum())
+        importance = fit.importance(slices.energies)
+        weight += importance
+        objective += float((importance * fit.relative()).sum())
         fits.append((fit.squared_norm, fit.squared_error, fit.output_norm, fit.output_error))
     norm, error, output_norm, output_error = zip(*fits, strict=True)
     return Pass(

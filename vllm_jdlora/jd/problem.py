@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -75,7 +75,8 @@ class SliceProblem:
 
     Factors are scaled by powers of two (no rounding) so that no product over- or underflows: the true ΔW_i is
     `scale[i]` times the stacked one. Members are sorted by rank, so that equal ranks form one batch without padding.
-    The weights are 1/‖ΔW_i‖² of the stacked factors: every adapter counts as if of unit norm.
+    The weights are importance/‖ΔW_i‖² of the stacked factors: with an importance of 1 every adapter counts as if of
+    unit norm, with others as if its squared norm were that.
     """
 
     bt: Tensor  # [P, d_out] rows of B_iᵀ
@@ -84,6 +85,7 @@ class SliceProblem:
     members: Tensor  # [m] int64, position of each in the collection
     weights: Tensor  # [m] fp64
     scale: Tensor  # [m] fp64, powers of two
+    importance: Tensor  # [m] fp64
 
     @staticmethod
     def from_factors(factors: Sequence[Factors | None], name: str) -> SliceProblem:
@@ -132,6 +134,7 @@ class SliceProblem:
             members=torch.tensor(members, dtype=torch.int64, device=device),
             weights=torch.tensor(weights, dtype=torch.float64, device=device),
             scale=torch.tensor(scale, dtype=torch.float64, device=device),
+            importance=torch.ones(len(ranks), dtype=torch.float64, device=device),
         )
 
     def __len__(self) -> int:
@@ -177,11 +180,28 @@ class SliceProblem:
     @property
     def squared_norms(self) -> Tensor:
         """[m] fp64, ‖ΔW_i‖_F² in true scale."""
-        return self.scale.square() / self.weights
+        return self.scale.square() * self.importance / self.weights
+
+    @property
+    def total(self) -> float:
+        """Σ_i w_i‖ΔW_i‖²: what bases that lose nothing capture."""
+        return float(self.importance.sum())
 
     def with_stacks(self, bt: Tensor, a: Tensor) -> SliceProblem:
         """The same members in other coordinates: bt [P, p'], a [P, q']."""
-        return SliceProblem(bt, a, self.ranks, self.members, self.weights, self.scale)
+        return SliceProblem(bt, a, self.ranks, self.members, self.weights, self.scale, self.importance)
+
+    def in_shares_of(self, energies: Tensor) -> SliceProblem:
+        """The same members, each as important as its squared norm is in units of its own in `energies` [n] fp64.
+
+        Then errors count as they do in ‖ΔW − UΣV‖²/‖ΔW‖² over all slices together, if `energies` are those of the
+        adapters' mean slices (paper.md §6.8: the weights of one budget over modules). Adapters without any: as if of
+        unit norm.
+        """
+        own = energies.to(self.weights)[self.members]
+        norms = self.squared_norms
+        shares = torch.where(own > 0, norms / own, torch.ones_like(norms))
+        return replace(self, weights=self.weights / self.importance * shares, importance=shares)
 
     def subset(self, positions: Tensor) -> SliceProblem:
         """Only the members at these ascending positions [m'] (positions in this problem, not in the collection)."""
@@ -197,6 +217,7 @@ class SliceProblem:
             members=self.members[positions],
             weights=self.weights[positions],
             scale=self.scale[positions],
+            importance=self.importance[positions],
         )
 
     def times(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +230,7 @@ class SliceProblem:
         return torch.cat([z.new_zeros(0, z.shape[1], t.shape[1]), *parts])
 
     def energies(self, z: Tensor, t: Tensor) -> Tensor:
-        """Share of each adapter's squared norm that orthonormal bases capture: w_i‖Uᵀ ΔW_i V‖², [m] fp64."""
+        """What orthonormal bases capture of each adapter's importance: w_i‖Uᵀ ΔW_i V‖², [m] fp64."""
         return self.sigmas(z, t).flatten(1).double().square().sum(1) * self.weights
 
     def energies_by_block(self, z: Tensor, t: Tensor, rank: int) -> Tensor:

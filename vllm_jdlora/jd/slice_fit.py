@@ -41,7 +41,9 @@ class Method:
 
     fit: Callable[[SliceProblem, int, Bases | None, int], Bases]  # problem, rank, warm start, most sweeps
     refit: Callable[[SliceProblem, Tensor, Tensor], tuple[Tensor, Tensor]]  # problem, u, v -> Σ, squared errors
-    captured: Callable[[SliceProblem, Tensor, Tensor], Tensor]  # problem, u [K, …], v [K, …] -> [m, K] of unit norms
+    captured: Callable[
+        [SliceProblem, Tensor, Tensor], Tensor
+    ]  # problem, u [K, …], v [K, …] -> [m, K] of the importance
 
 
 def _fit_full(problem: SliceProblem, rank: int, start: Bases | None, max_sweeps: int) -> Bases:
@@ -56,7 +58,8 @@ def _fit_diag(problem: SliceProblem, rank: int, start: Bases | None, max_sweeps:
 
 def _captured_diag(problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
     errors = [refit_diag(problem, u[k], v[k])[1] for k in range(len(u))]
-    return 1 - torch.stack(errors, 1) / problem.squared_norms[:, None]
+    lost = torch.stack(errors, 1) / problem.squared_norms[:, None]
+    return problem.importance[:, None] * (1 - lost)
 
 
 METHODS: Mapping[str, Method] = {
@@ -110,16 +113,27 @@ class SliceFit:
     sigma: Tensor  # [n, R, R] ([n, R] for JD-Diag) in its own cluster's bases, s and norm folded in
     squared_norm: Tensor  # [n] fp64, ‖ΔW‖_F²
     squared_error: Tensor  # [n] fp64, ‖ΔW − UΣV‖_F²
-    captured: Tensor  # [n, K] fp64, share of each adapter's squared norm that each cluster's bases hold, in the metric
+    captured: Tensor  # [n, K] fp64, what each cluster's bases hold of each adapter's importance, in the metric
     output_norm: Tensor | None = None  # [n] fp64, ‖ΔW‖² in the metric, where there is one
     output_error: Tensor | None = None  # [n] fp64, ‖ΔW − UΣV‖² in the metric
 
     def relative(self) -> Tensor:
         """[n] squared error over squared norm in the metric of the fit; 0 where the adapter has nothing."""
-        norm, error = self.squared_norm, self.squared_error
-        if self.output_norm is not None and self.output_error is not None:
-            norm, error = self.output_norm, self.output_error
+        norm, error = self.measures
         return error / norm.where(norm > 0, torch.ones_like(norm))
+
+    def importance(self, energies: Tensor | None) -> Tensor:
+        """[n] of the adapters in the fit, as `SliceProblem.in_shares_of` has it; 0 where the adapter has nothing."""
+        norm, _ = self.measures
+        share = (norm > 0).double()
+        return share if energies is None else torch.where(energies > 0, norm / energies, share)
+
+    @property
+    def measures(self) -> tuple[Tensor, Tensor]:
+        """(‖ΔW‖², ‖ΔW − UΣV‖²), each [n], in the metric of the fit."""
+        if self.output_norm is not None and self.output_error is not None:
+            return self.output_norm, self.output_error
+        return self.squared_norm, self.squared_error
 
 
 def fit_slice(
@@ -129,17 +143,21 @@ def fit_slice(
     recipe: SliceRecipe,
     *,
     metric: Metric | None = None,
+    energies: Tensor | None = None,
     before: SliceFit | None = None,
     changed: Sequence[int] = (),
 ) -> SliceFit:
     """Fit every cluster of the adapters with labels `cluster` [n], or, given the fit `before`, those in `changed`.
 
     Changed clusters start from the bases that they had; clusters that are not named keep theirs to the bit (their
-    members must be the same). A cluster with no member in this slice gets zero bases.
+    members must be the same). A cluster with no member in this slice gets zero bases. energies: [n] fp64, see
+    `SliceProblem.in_shares_of`; without them every adapter counts as if of unit norm.
     Raises ScalingOverflow where Σ is beyond the range of its dtype.
     """
     method = METHODS[recipe.method]
     view = problem if metric is None else metric.applied_to(problem)
+    if energies is not None:
+        view = view.in_shares_of(energies)
     todo = list(range(clusters)) if before is None else list(changed)
     members, n = problem.members.cpu(), len(cluster)
     present = torch.zeros(n, dtype=torch.bool)

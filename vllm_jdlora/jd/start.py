@@ -1,4 +1,4 @@
-"""Where fits start: clusters from how much adapters share in a few slices, bases from the members' own SVDs."""
+"""Where the search for clusters starts: groups by how much adapters share in a few slices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_jdlora.jd.cores import leading_directions
 from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.problem import SliceProblem
 
@@ -38,31 +37,6 @@ def candidate_starts(probes: Sequence[SliceProblem], n: int, rank: int, clusters
             starts.append(related_groups(similarity, clusters, draw))
             starts.append(balanced_groups(similarity, clusters, draw))
     return starts
-
-
-def stacked_start(problem: SliceProblem, rank: int) -> tuple[Tensor, Tensor]:
-    """(u [d_out, R], v [R, d_in]) that hold the truncated SVDs of all m members side by side, for `fit_full`'s start.
-
-    Each member gets its leading R // m directions and what is left of R goes to the strongest of the next ones, so
-    Σ = block mask · singular values is the SVD of each member at rank R // m: a joint fit from here captures no less
-    than those SVDs do, adapter for adapter counted together. Orthonormal, zero beyond the rank of the stack; dtype
-    and device of the problem.
-    """
-    left, right, _ = leading_directions(problem)
-    strength = left.double().square().sum(2)  # [m, ρ]
-    order = strength.clone()
-    order[:, : rank // max(1, len(problem))] += 2  # singular values of adapters of unit norm are at most 1
-    order[strength == 0] = -1
-    chosen = order.flatten().argsort(descending=True, stable=True)[:rank]
-    chosen = chosen[order.flatten()[chosen] >= 0].sort().values
-    bases = []
-    for side in (left, right):
-        columns = torch.nn.functional.normalize(side.flatten(0, 1)[chosen].double(), dim=1).T
-        basis = columns.new_zeros(columns.shape[0], rank)
-        orthonormal = torch.linalg.qr(columns).Q
-        basis[:, : orthonormal.shape[1]] = orthonormal
-        bases.append(basis.to(problem.a))
-    return bases[0], bases[1].T.contiguous()
 
 
 def related_groups(similarity: Tensor, clusters: int, draw: torch.Generator) -> Tensor:
