@@ -11,7 +11,7 @@ import torch
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels.packed_module import PackedModule
-from vllm_jdlora.kernels.token_tiles import TokenTiles
+from vllm_jdlora.kernels.token_tiles import PREFILL_TOKENS, TokenTiles
 from vllm_jdlora.kernels.triton_expand import jd_expand_
 from vllm_jdlora.kernels.triton_shrink import Launch, jd_shrink_, most_part_rows, triton
 from vllm_jdlora.kernels.triton_sigma import jd_sigma_
@@ -20,10 +20,10 @@ from vllm_jdlora.kernels.triton_sigma import jd_sigma_
 def fuses_scaling(tokens: int, rank: int, batch_invariant: bool) -> bool:
     """Whether Σ is applied in the expand, by the traffic model (``traffic.py``): small ranks or small batches.
 
-    Each program of the expand reads its tokens' Σ again. At R = 16 and 64 tokens, or at R = 64 and 16, that costs
-    less than a launch. Never where a row's bits must not depend on how many tokens the step has.
+    Each program of the expand reads its tokens' Σ again. Up to 128 tokens of R = 16, or 8 of R = 64, that costs less
+    than a launch. Never where a row's bits must not depend on how many tokens the step has, nor where registers spill.
     """
-    return not batch_invariant and (tokens <= 64 if rank <= 16 else rank <= 64 and tokens <= 16)
+    return not batch_invariant and rank <= 64 and tokens <= PREFILL_TOKENS and tokens * rank * rank <= 1 << 15
 
 
 class GroupedLoRA:

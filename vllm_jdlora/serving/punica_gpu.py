@@ -168,7 +168,7 @@ def _expand_gpu_(y: torch.Tensor, h: torch.Tensor, layer: str, first_column: int
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """[T, columns]; some models put a batch axis of 1 in front."""
-    return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
+    return tensor.view(-1, tensor.shape[-1])
 
 
 def _fake(*args: Any) -> None:
