@@ -148,6 +148,7 @@ def _probed(
     norms, now, then = (torch.zeros(n + len(arrivals), dtype=torch.float64) for _ in range(3))
     everyone = torch.cat([labels, found.cluster])
     changed = found.cluster.unique().tolist()
+    probes = []
     for m in range(0, len(slices), step)[:_PROBES]:
         name = slices[m].name
         u, v = collection.basis(name)
@@ -157,7 +158,10 @@ def _probed(
         ]
         factors = [None if pair is None else Factors(*pair) for pair in known] + factors_of(arrivals, name)
         metric, problem = in_metric(metrics, name, SliceProblem.from_factors(factors, name))
-        u, v = orthonormal(*seen_by_cluster(metric, u, v))
+        probes.append((m, problem, *orthonormal(*seen_by_cluster(metric, u, v))))
+    energies = _mean_energies([problem for _, problem, _, _ in probes], len(everyone))
+    for m, problem, u, v in probes:
+        problem = problem.in_shares_of(energies)
         at = problem.members
         # NaN where an error is not known: such adapters take part in the refits and not in the means.
         today = today_by_slice[at, m]
@@ -177,3 +181,12 @@ def _probed(
         then[at] += lost * whole
     present = (norms > 0) & ~now.isnan() & ~then.isnan()
     return tuple(float((x[present] / norms[present]).sqrt().mean()) for x in (now, then))  # type: ignore[return-value]
+
+
+def _mean_energies(problems: Sequence[SliceProblem], n: int) -> Tensor:
+    """[n] mean squared norm of each adapter over the slices that it is in: what a rebuild would weigh it by."""
+    energy, held = (torch.zeros(n, dtype=torch.float64) for _ in range(2))
+    for problem in problems:
+        energy[problem.members] += problem.squared_norms
+        held[problem.members] += 1
+    return energy / held.clamp_min(1)

@@ -16,6 +16,7 @@ from vllm_jdlora.collection.quantize import cast_of
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.alternation import Clustering, reassign, refit
 from vllm_jdlora.jd.certificate import Certificate, certify_clusters
+from vllm_jdlora.jd.clustering import weighted_slices
 from vllm_jdlora.jd.passes import Slices
 from vllm_jdlora.jd.search import best_assignment
 from vllm_jdlora.jd.slice_fit import Bases, Metric, ScalingOverflow, SliceFit, SliceRecipe, fit_slice
@@ -122,6 +123,7 @@ def refitted(
                 manifest.clusters,
                 recipe,
                 metric=metric,
+                energies=everything.energies,
                 before=warm,
                 changed=range(manifest.clusters),
             )
@@ -135,7 +137,7 @@ def refitted(
         parts.append(replace(fit, u=_NOTHING, v=_NOTHING, sigma=_NOTHING))
         if m in certified:
             bounds.append(certify_clusters([everything[m]], labels, manifest.rank))
-            reached += float(fit.relative().sum())
+            reached += float((fit.importance(everything.energies) * fit.relative()).sum())
     report("fit", len(slices), len(slices))
     relative, slice_errors = _errors([p.squared_error for p in parts], [p.squared_norm for p in parts])
     bound_surrogates(old, members, slices, relative, slice_errors, outputs=False)
@@ -164,8 +166,9 @@ _NOTHING = torch.zeros(0)
 def _slices(
     old: Collection, members: Sequence[Member], slices: Sequence[SliceShape], metrics: MetricOfSlice | None
 ) -> Slices:
+    """As a compression weighs them, by the members' own energies."""
     metric_of = None if metrics is None else (lambda index: metrics(slices[index].name))
-    return Slices(MemberSource(old, members, slices), metric_of)
+    return weighted_slices(MemberSource(old, members, slices), metric_of, old.manifest.seed)
 
 
 def _probes(old: Collection, slices: Sequence[SliceShape]) -> list[int]:
