@@ -119,6 +119,15 @@ def test_moments_are_gathered_where_the_base_model_is_at_hand(tmp_path, capsys, 
     assert main(["refresh", "c", "in", "new", "-o", "n", *known]) == 0
     assert list((tmp_path / "cache").rglob("calibration/*.safetensors")) == [cached]
     assert main(["validate", "n"]) == 0
+    tiny_llama.write_adapter(tmp_path / "other" / "k", 4, targets=["k_proj"])
+    assert main(["add", "c", "other"]) == 0  # plain: there are no bases for it
+    assert main(["refresh", "c", "in", "new", "-o", "wider", *known]) == 0
+    assert {part.name.rpartition(".")[2] for part in Collection.open("wider").manifest.slices} == {
+        "q_proj",
+        "v_proj",
+        "k_proj",
+    }
+    capsys.readouterr()
     assert main(["refresh", "c", "in", "new", "-o", "m", "--base-model", "tiny-llama"]) == 2
     assert "other calibration text" in capsys.readouterr().err
 

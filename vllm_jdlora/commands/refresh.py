@@ -45,6 +45,7 @@ def add_to(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from vllm_jdlora.adapter import read_adapters
     from vllm_jdlora.collection import Collection
+    from vllm_jdlora.collection.members import at_hand_of
     from vllm_jdlora.collection.refresh import expected_drift, refresh
 
     if args.max_error is not None and not 0 <= args.max_error <= 1:
@@ -56,7 +57,9 @@ def _run(args: argparse.Namespace) -> int:
     adapters, _ = read_adapters(args.adapters)
     with progress_bars() as show:
         old = Collection.open(args.collection, verify=False)
-        moments = moments_of_collection(old, adapters, args.calibration, args.base_model, show)
+        # Those that the collection keeps plain take part too, and may have modules that it has no bases for.
+        there = list(at_hand_of(old, adapters).values())
+        moments = moments_of_collection(old, there, args.calibration, args.base_model, show)
         if args.dry_run:
             drift = expected_drift(args.collection, adapters, moments=moments, base_model=args.base_model)
         else:
