@@ -23,7 +23,6 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_measurements(monkeypatch):
-    monkeypatch.setattr(budget, "_SEARCH_EFFORT", 0)
     monkeypatch.setattr(budget, "_CLUSTERS", (1, 2))
 
 
@@ -55,7 +54,7 @@ def test_the_recommended_command_gives_the_bytes_and_errors_that_were_promised(a
     # All slices are probes here; one sweep from the leading columns is a little worse than the fit of that rank.
     errors = [a.relative_error for a in collection.manifest.adapters]
     assert sum(errors) / 6 == pytest.approx(best["relative_error"]["mean"], rel=0.1, abs=0.01)
-    assert best["bounds"]["lower"] <= best["bounds"]["predicted"] <= best["bounds"]["upper"]
+    assert best["method"] == collection.manifest.method == "diag"  # strangers: nothing that Σ [R, R] could use
 
     made = planned(capsys, tmp_path / "c", "--device-memory", "1MiB", "--adapters-expected", "60")["choices"][0]
     assert {key: made[key] for key in ("rank", "clusters", "bytes", "fit", "expected")} == {
@@ -63,6 +62,12 @@ def test_the_recommended_command_gives_the_bytes_and_errors_that_were_promised(a
     }
     assert main(["plan", str(tmp_path / "c")]) == 0
     assert "of the values as stored" in capsys.readouterr().out
+
+
+def test_a_choice_for_an_error_is_certified(adapters, capsys):
+    best = planned(capsys, adapters, "--max-error", "0.9")["recommended"]
+    assert best["method"] == "full"
+    assert best["bounds"]["lower"] <= best["bounds"]["predicted"] <= best["bounds"]["upper"]
 
 
 def test_room_is_counted_in_slots_and_scalings(adapters, capsys):

@@ -52,6 +52,12 @@ def moments(adapters: list[Adapter]) -> dict[str, Tensor]:
     return {part: torch.eye(s.shape.d_in) for part, s in adapters[0].slices.items()}
 
 
+def known(adapters: list[Adapter]) -> dict[str, dict[str, Tensor]]:
+    """All that any baseline weighs by."""
+    gradients = {part: torch.eye(s.shape.d_out) for part, s in adapters[0].slices.items()}
+    return {"second_moments": moments(adapters), "gradients": gradients}
+
+
 def needs(name: str) -> None:
     if name in ("vlora", "lorashare") and importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
@@ -61,7 +67,7 @@ def needs(name: str) -> None:
 def test_every_baseline_gives_all_slices_back_within_its_bytes(name: str, adapters: list[Adapter]) -> None:
     needs(name)
     budget = uncompressed_bytes(adapters) // 2
-    variant = baseline(name, adapters, budget, second_moments=moments(adapters), progress=False)
+    variant = baseline(name, adapters, budget, **known(adapters), progress=False)
     assert variant.name == name and 0 < variant.bytes <= budget
     for adapter in adapters:
         update = variant.update(adapter.name)
@@ -77,7 +83,7 @@ def test_every_baseline_gives_all_slices_back_within_its_bytes(name: str, adapte
 def test_the_largest_rank_that_fits_is_taken(name: str, adapters: list[Adapter]) -> None:
     """With one number less, the bytes it took before no longer fit and it takes less."""
     needs(name)
-    options = {"second_moments": moments(adapters), "progress": False}
+    options = {**known(adapters), "progress": False}
     first = baseline(name, adapters, uncompressed_bytes(adapters) * 9 // 10, **options)  # type: ignore[arg-type]
     again = baseline(name, adapters, first.bytes, **options)  # type: ignore[arg-type]
     assert again.bytes == first.bytes
@@ -185,14 +191,16 @@ def test_random_clusters_are_drawn_by_the_seed_and_the_best_number_of_them_is_ke
 def test_a_budget_too_small_is_told_with_what_is_needed(name: str, adapters: list[Adapter]) -> None:
     needs(name)
     with pytest.raises(JDLoRAError, match=r"takes \d+ bytes, more than the 100 allowed"):
-        baseline(name, adapters, 100, second_moments=moments(adapters), progress=False)
+        baseline(name, adapters, 100, **known(adapters), progress=False)
 
 
 def test_the_activation_svd_says_which_moment_is_missing(adapters: list[Adapter]) -> None:
-    known = moments(adapters)
-    del known[Q]
+    some = moments(adapters)
+    del some[Q]
     with pytest.raises(JDLoRAError, match=f"no second moment of the input of {Q}"):
-        baseline("svd-activation", adapters, uncompressed_bytes(adapters), second_moments=known, progress=False)
+        baseline("svd-activation", adapters, uncompressed_bytes(adapters), second_moments=some, progress=False)
+    with pytest.raises(JDLoRAError, match="svd-fisher: no second moment of the gradients of"):
+        baseline("svd-fisher", adapters, uncompressed_bytes(adapters), second_moments=moments(adapters))
 
 
 def test_an_unknown_name_is_told_with_those_that_are_known(adapters: list[Adapter]) -> None:
@@ -221,7 +229,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if name not in ("vlora", "lorashare")])
 def test_adapters_may_differ_in_rank_and_targets(name: str, uneven: list[Adapter]) -> None:
-    variant = baseline(name, uneven, uncompressed_bytes(uneven) // 2, second_moments=moments(uneven), progress=False)
+    variant = baseline(name, uneven, uncompressed_bytes(uneven) // 2, **known(uneven), progress=False)
     assert variant.bytes <= uncompressed_bytes(uneven) // 2
     for adapter in uneven:
         assert variant.update(adapter.name).keys() == adapter.slices.keys()

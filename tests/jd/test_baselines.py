@@ -54,6 +54,18 @@ def test_the_activation_weighted_svd_is_the_best_in_the_output_error() -> None:
     assert fit.numbers == 4 * 2 * (20 + 14)
 
 
+def test_with_gradients_the_svd_is_the_best_in_the_loss_weighted_error() -> None:
+    draw = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(200, d, generator=draw).double() * torch.logspace(0, -1.5, d).double() for d in (14, 20))
+    c, g = x.T @ x / 200, y.T @ y / 200
+    fit = svd_each(MIXED, 2, second_moment=c, gradients=g)
+    roots = [torch.linalg.cholesky(m + 1e-3 * m.diagonal().mean() * torch.eye(len(m))) for m in (g, c)]
+    for i, f in enumerate(MIXED[:4]):
+        error = (roots[0].T @ (result(fit, i) - dense(f)) @ roots[1]).square().sum()
+        tail = torch.linalg.svdvals(roots[0].T @ dense(f) @ roots[1])[2:].square().sum()
+        torch.testing.assert_close(error, tail, rtol=1e-5, atol=1e-8)  # fp32 factors
+
+
 def test_white_inputs_give_the_plain_svd() -> None:
     plain, weighted = svd_each(MIXED, 2), svd_each(MIXED, 2, second_moment=3 * torch.eye(14))
     for i in range(4):

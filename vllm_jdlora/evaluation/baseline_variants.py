@@ -41,6 +41,7 @@ def baseline(
     budget_bytes: int,
     *,
     second_moments: Mapping[str, Tensor] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Variant:
@@ -50,7 +51,8 @@ def baseline(
     is the paper's: one cluster up to 100 adapters, above it rank 16 and as many clusters as fit;
     "jd-published-clusters" takes rank 16 and clusters at any number. "random-clusters" picks the number of clusters
     that loses least on four slices. "average" and "ties" are cut by SVD to fit. second_moments: slice name → C
-    [d_in, d_in], for "svd-activation" and "svd-activation-int8". seed: draws of random starts and labels. progress:
+    [d_in, d_in], for "svd-activation", "svd-fisher" and these in int8; gradients: slice name → G [d_out, d_out] for the
+    latter (see `SliceMetric`). seed: draws of random starts and labels. progress:
     a bar on stderr.
     Raises JDLoRAError for another name, a budget too small for rank 1, missing second moments or a missing package.
     """
@@ -60,7 +62,7 @@ def baseline(
         raise JDLoRAError(f"no baseline named {name!r}: choose from {', '.join(BASELINES)}")
     slices = AdapterSlices(adapters)
     fit = _METHODS[name](
-        _Job(name, slices, len(adapters), budget_bytes // BYTES_A_NUMBER, second_moments, seed, progress)
+        _Job(name, slices, len(adapters), budget_bytes // BYTES_A_NUMBER, second_moments, gradients, seed, progress)
     )
     kept: dict[str, dict[str, tuple[Tensor, Tensor]]] = {adapter.name: {} for adapter in adapters}
     numbers = 0
@@ -92,11 +94,21 @@ class _Job:
         n: int,
         budget: int,
         second_moments: Mapping[str, Tensor] | None,
+        gradients: Mapping[str, Tensor] | None,
         seed: int,
         progress: bool,
     ) -> None:
         self.name, self.slices, self.n, self.budget = name, slices, n, budget
-        self.second_moments, self.seed, self.progress = second_moments, seed, progress
+        self.second_moments, self.gradients = second_moments, gradients
+        self.seed, self.progress = seed, progress
+
+    def moments(self, of: Mapping[str, Tensor] | None, what: str) -> Mapping[str, Tensor]:
+        """Raises JDLoRAError if a slice has none."""
+        found = of or {}
+        missing = [part for part in self.slices.names if part not in found]
+        if missing:
+            raise JDLoRAError(f"{self.name}: no second moment of the {what} of {missing[0]}; gather them on text")
+        return found
 
     def rank(self, numbers: Callable[[SliceSize, int], int]) -> int:
         """Largest rank whose `numbers`, summed over slices, fit. Raises JDLoRAError if rank 1 does not."""
@@ -146,12 +158,16 @@ def _svd_fit(job: _Job, numbers: Callable[[SliceSize, int], int] = _svd) -> Fit:
 
 
 def _svd_activation_fit(job: _Job, numbers: Callable[[SliceSize, int], int] = _svd) -> Fit:
-    rank = job.rank(numbers)
-    moments = job.second_moments or {}
-    missing = [part for part in job.slices.names if part not in moments]
-    if missing:
-        raise JDLoRAError(f"{job.name}: no second moment of the input of {missing[0]}; gather them on calibration text")
-    return lambda index, factors: svd_each(factors, rank, second_moment=moments[job.slices.names[index]])
+    rank, moments, names = job.rank(numbers), job.moments(job.second_moments, "input"), job.slices.names
+    return lambda index, factors: svd_each(factors, rank, second_moment=moments[names[index]])
+
+
+def _svd_fisher_fit(job: _Job, numbers: Callable[[SliceSize, int], int] = _svd) -> Fit:
+    rank, moments, names = job.rank(numbers), job.moments(job.second_moments, "input"), job.slices.names
+    gradients = job.moments(job.gradients, "gradients")
+    return lambda index, factors: svd_each(
+        factors, rank, second_moment=moments[names[index]], gradients=gradients[names[index]]
+    )
 
 
 def _in_8_bits(of: Callable[[_Job, Callable[[SliceSize, int], int]], Fit]) -> Callable[[_Job], Fit]:
@@ -272,6 +288,8 @@ _METHODS: dict[str, Callable[[_Job], Fit]] = {
     "svd-activation": _svd_activation_fit,
     "svd-int8": _in_8_bits(_svd_fit),
     "svd-activation-int8": _in_8_bits(_svd_activation_fit),
+    "svd-fisher": _svd_fisher_fit,
+    "svd-fisher-int8": _in_8_bits(_svd_fisher_fit),
     "jd-diag": _diag_fit,
     "jd-published": _published_fit,
     "jd-published-clusters": _published_clusters_fit,

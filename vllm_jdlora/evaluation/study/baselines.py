@@ -31,7 +31,11 @@ def baselines(study: Study) -> Part:
 
 
 def _fitted(study: Study, name: str, share: Fraction) -> Variant:
-    # Activation moments whatever the metric of ours: the methods that use them are named after them.
-    moments = study.moments("activation")
-    by_slice = None if moments is None else {part: moments.of(part) for part in moments.inputs}
-    return baseline(name, study.adapters, study.bytes_at(share), second_moments=by_slice, progress=False)
+    # Moments by the method, whatever the metric of ours: those that use them are named after them.
+    moments = study.moments("fisher" if "fisher" in name else "activation")
+    inputs, gradients = {}, {}
+    if moments is not None:
+        inputs = {part: moments.of(part) for part in moments.inputs}
+        gradients = {part: moments.matrices[key] for part, key in moments.gradients.items()}
+    budget = study.bytes_at(share)
+    return baseline(name, study.adapters, budget, second_moments=inputs, gradients=gradients, progress=False)
