@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench bench-compress clean
+.PHONY: help setup demo serve test test-fast lint bench bench-compress gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,6 +43,9 @@ bench: setup  ## throughput of vllm serve with compressed and with plain adapter
 
 bench-compress: setup  ## compression of 1,000 synthetic adapters of a 7B model: time by phase, memory, growth
 	$(BIN)/python loadtests/bench_compress.py
+
+gpu-check:  ## on a machine with a GPU: are the kernels right, and how fast; needs torch and triton only
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) kernels/gpu_check.py
 
 clean:  ## remove build products and tool caches (not .venv, nor ~/.cache/vllm-jdlora)
 	rm -rf build dist *.egg-info configs/cpu/stand-ins/*/build configs/cpu/stand-ins/*/*.egg-info
