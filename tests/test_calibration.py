@@ -344,3 +344,17 @@ def test_gradient_moments_survive_a_file(model_folder, tmp_path):
     without = loaded.of_inputs()
     without.save(tmp_path / "c.safetensors")
     assert SecondMoments.load(tmp_path / "c.safetensors").gradients_of(slices[0].name) is None
+
+
+def test_sums_beyond_the_memory_take_further_passes_to_the_same_bits(model_folder, tmp_path, monkeypatch):
+    slices = slices_of(model_folder, ATTENTION)
+    at_once = gather(model_folder, TEXTS, slices, gradients=True)
+    stages = []
+    monkeypatch.setattr(calibration, "_SUMS_BYTES", 3 * 8 * slices[0].d_in ** 2)
+    apart = gather(model_folder, TEXTS, slices, gradients=True, progress=lambda *event: stages.append(event))
+    passes = {total for _, _, total in stages}
+    assert len(passes) == 1 and passes.pop() > 2 * len(TEXTS)
+    assert list(apart.matrices) == list(at_once.matrices)
+    assert all(torch.equal(apart.matrices[key], at_once.matrices[key]) for key in at_once.matrices)
+    apart.save(tmp_path / "m.safetensors")
+    assert SecondMoments.load(tmp_path / "m.safetensors").matrices.keys() == at_once.matrices.keys()

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vllm_jdlora.adapter import Adapter, SliceShape, file_digest
@@ -36,6 +39,8 @@ MAX_TOKENS = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STAGE = "calibrate"
 _SEED = 0
+# Sums that are kept in memory at a time; more of them take further passes over the text.
+_SUMS_BYTES = 4 << 30
 
 
 def calibration_texts(base_model: Path, file: Path | None = None) -> list[str]:
@@ -94,7 +99,8 @@ def gather(
         gradients: also gather G; takes about three times as long.
         max_tokens_per_text: each text is cut there.
         dtype: of the model, ``fp32`` or ``bf16``. Sums are fp64: d_in² · 8 bytes for each distinct input, d_out² · 8
-            for the gradients of each slice.
+            for the gradients of each slice. What exceeds 4 GiB takes further passes over the text, and the results lie
+            on disk meanwhile.
         device: default CUDA where there is one.
         progress: called as (stage, done, total), total being texts.
 
@@ -210,24 +216,29 @@ class _Runner:
         with torch.inference_mode():
             inputs = self._shared_inputs(slices, modules, encoded[0])
         of_gradients = {part.name: f"{part.name}:gradients" for part in slices} if gradients else {}
-        sums = _Sums()
-        if progress:
-            progress(_STAGE, 0, len(encoded))
-        with (
-            _watching({key: modules[key] for key in dict.fromkeys(inputs.values())}, sums.add),
-            _differentiated({key: modules[name] for name, key in of_gradients.items()}, sums.add),
-        ):
-            draw = torch.Generator(self._device).manual_seed(_SEED)
-            for done, tokens in enumerate(encoded, 1):
-                if gradients:
-                    self._backward(tokens, draw)
-                else:
-                    self._forward(tokens)
-                if progress:
-                    progress(_STAGE, done, len(encoded))
+        shapes = {part.name: part for part in slices}
+        sides = {key: shapes[key].d_in for key in inputs.values()}
+        sides |= {key: shapes[name].d_out for name, key in of_gradients.items()}
+        groups = _groups(sides, _SUMS_BYTES)
         count = sum(len(tokens) - 1 for tokens in encoded)
+        matrices: dict[str, Tensor] = {}
+        with tempfile.TemporaryDirectory(prefix="jdlora-moments-") as folder:
+            for number, keys in enumerate(groups):
+                sums = _Sums()
+                differentiated = {key: modules[name] for name, key in of_gradients.items() if key in keys}
+                with (
+                    _watching({key: modules[key] for key in keys if key in modules}, sums.add),
+                    _differentiated(differentiated, sums.add),
+                ):
+                    steps = self._backward if differentiated else self._forward
+                    for done, _ in enumerate(steps(encoded)):
+                        if progress:
+                            progress(_STAGE, number * len(encoded) + done, len(groups) * len(encoded))
+                means = sums.means(count)
+                # Of several groups each is put on disk, and read through a mapping that outlives the folder.
+                matrices |= means if len(groups) == 1 else _mapped(means, Path(folder) / f"{number}.safetensors")
         origin = Origin(self._base, text_sha256(text), len(text), count, max_tokens, self._dtype, adapter_sha256)
-        return SecondMoments(origin, inputs, sums.means(count), of_gradients)
+        return SecondMoments(origin, inputs, {key: matrices[key] for key in sides}, of_gradients)
 
     @contextmanager
     def adapted(self, adapter: Adapter) -> Iterator[None]:
@@ -251,15 +262,24 @@ class _Runner:
             raise JDLoRAError(f"{self._base.name}: the base model has no module {name}") from None
 
     @torch.inference_mode()
-    def _forward(self, tokens: Sequence[int]) -> None:
-        # Without the output head: nobody reads the logits, and they are the largest tensor of all.
-        self._model.base_model(input_ids=torch.tensor([list(tokens)], device=self._device), use_cache=False)
+    def _forward(self, texts: Sequence[Sequence[int]]) -> Iterator[None]:
+        """A step for each text; one more value than texts."""
+        yield
+        for tokens in texts:
+            # Without the output head: nobody reads the logits, and they are the largest tensor of all.
+            self._model.base_model(input_ids=torch.tensor([list(tokens)], device=self._device), use_cache=False)
+            yield
 
-    def _backward(self, tokens: Sequence[int], draw: torch.Generator) -> None:
-        """A step forward and back from labels that the model itself draws."""
-        logits = self._model(input_ids=torch.tensor([list(tokens)], device=self._device), use_cache=False).logits[0]
-        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=draw)[:, 0]
-        torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+    def _backward(self, texts: Sequence[Sequence[int]]) -> Iterator[None]:
+        """The same, forward and back from labels that the model itself draws."""
+        draw = torch.Generator(self._device).manual_seed(_SEED)
+        yield
+        for tokens in texts:
+            ids = torch.tensor([list(tokens)], device=self._device)
+            logits = self._model(input_ids=ids, use_cache=False).logits[0]
+            drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=draw)[:, 0]
+            torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+            yield
 
     def _shared_inputs(
         self, slices: Sequence[SliceShape], modules: dict[str, nn.Module], tokens: Sequence[int]
@@ -267,7 +287,7 @@ class _Runner:
         """Slice → the first slice that reads the very same tensor."""
         seen: dict[str, Tensor] = {}
         with _watching(modules, seen.setdefault):
-            self._forward(tokens[:2])
+            list(self._forward([tokens[:2]]))
         first: dict[int, str] = {}
         inputs = {}
         for part in slices:
@@ -297,6 +317,25 @@ def _watching(modules: dict[str, nn.Module], see: Callable[[str, Tensor], Any]) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _groups(sides: Mapping[str, int], limit: int) -> list[set[str]]:
+    """Keys of square fp64 matrices [d, d] in groups of at most so many bytes, or of one matrix."""
+    groups: list[set[str]] = []
+    room = 0
+    for key, side in sides.items():
+        room -= 8 * side**2
+        if room < 0:
+            groups.append(set())
+            room = limit - 8 * side**2
+        groups[-1].add(key)
+    return groups
+
+
+def _mapped(matrices: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    save_file(matrices, file)
+    with safe_open(file, framework="pt") as content:
+        return {key: content.get_tensor(key) for key in matrices}
 
 
 class _Sums:

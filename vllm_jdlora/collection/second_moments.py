@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import SliceShape
 from vllm_jdlora.collection.schema import BaseModel
+from vllm_jdlora.collection.stream import write_streamed
 from vllm_jdlora.errors import JDLoRAError
 
 FORMAT_VERSION = 2
@@ -130,10 +130,8 @@ class SecondMoments:
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Their own storages: safetensors refuses tensors that share memory.
-            tensors = {key: matrix.contiguous().clone() for key, matrix in self.matrices.items()}
-            save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
-            temporary.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes for the owner only
+            layout = {key: (matrix.dtype, tuple(matrix.shape)) for key, matrix in self.matrices.items()}
+            write_streamed(temporary, layout, self.matrices.values(), {_HEADER: json.dumps(header)})
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
             problem = getattr(error, "strerror", None) or error

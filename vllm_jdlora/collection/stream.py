@@ -29,14 +29,17 @@ _DTYPES = {
 
 
 def write_streamed(
-    file: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Iterable[Tensor]
+    file: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    pieces: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write `file`; its SHA-256.
 
     layout: dtype and shape of each tensor, in the order in which they lie in the file. pieces: their values in that
-    order, cut where it suits; each piece belongs to one tensor and has its dtype.
+    order, cut where it suits; each piece belongs to one tensor and has its dtype. metadata: of the file's header.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
