@@ -80,16 +80,18 @@ def _run(args: argparse.Namespace) -> int:
     for collection in collections:
         _check_same_adapters(collection, adapters)
     variants = [of_collection(c, name) for c, name in zip(collections, _names(args.collections), strict=True)]
-    moments = _moments(args.calibration, args.base_model, adapters) if args.calibration else None
+    moments, gradients = None, None
     budgets = {variant.name: variant.bytes for variant in variants}
     budgets |= {str(part): int(part * uncompressed(adapters).bytes) for part in args.budget}
     names = _baseline_names(args.baselines or (), budgets)
+    if args.calibration:
+        moments, gradients = _moments(args.calibration, args.base_model, adapters, any("fisher" in n for n in names))
     results = RecordFile(args.output)
     evaluation = Evaluation(
         SwitchableModel.load(args.base_model, dtype=args.dtype), adapters, tasks, results, moments, args.max_new_tokens
     )
 
-    compared = itertools.chain(variants, _fitted(names, budgets, adapters, moments))
+    compared = itertools.chain(variants, _fitted(names, budgets, adapters, moments, gradients))
     total = (2 + len(variants) + len(names) * len(budgets)) * len(tasks)
     records = list(_progress(evaluation.run(compared, answers=not args.no_answers), total, "evaluate"))
     rows = summarise(records)
@@ -137,14 +139,18 @@ def _baseline_names(asked: Sequence[str], budgets: Mapping[str, int]) -> list[st
 
 
 def _fitted(
-    names: Sequence[str], budgets: Mapping[str, int], adapters: Sequence[Adapter], moments: Mapping[str, Any] | None
+    names: Sequence[str],
+    budgets: Mapping[str, int],
+    adapters: Sequence[Adapter],
+    moments: Mapping[str, Any] | None,
+    gradients: Mapping[str, Any] | None,
 ) -> Iterator[Variant]:
     """Each baseline at each budget, named ``BASELINE: BUDGET``; fitted when its turn comes."""
     for name in names:
         from vllm_jdlora.evaluation.baseline_variants import baseline
 
         for label, size in budgets.items():
-            variant = baseline(name, adapters, size, second_moments=moments, progress=False)
+            variant = baseline(name, adapters, size, second_moments=moments, gradients=gradients, progress=False)
             yield replace(variant, name=f"{name}: {label}")
 
 
@@ -169,14 +175,20 @@ def _check_same_adapters(collection: Collection, adapters: Sequence[Adapter]) ->
         raise JDLoRAError(f"--adapters lacks {extra!r} of {collection.path}: bytes are shared by all; choose by --only")
 
 
-def _moments(file: Path, base_model: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Second moments of each slice's input; those of a text are gathered, or come from the cache."""
+def _moments(
+    file: Path, base_model: Path, adapters: Sequence[Adapter], gradients: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Second moments of each slice's input, and of its gradients if asked for; gathered on a text, or cached."""
     from vllm_jdlora.evaluation.calibrated import moments_from, slices_of_all
 
     slices = slices_of_all(adapters)
     with progress_bars() as show:
-        moments = moments_from(None if file == _OWN_TEXT else file, base_model, slices, progress=show)
-    return {part.name: moments.of(part.name) for part in slices}
+        text = None if file == _OWN_TEXT else file
+        moments = moments_from(text, base_model, slices, gradients=gradients, progress=show)
+    return (
+        {part.name: moments.of(part.name) for part in slices},
+        {name: moments.matrices[key] for name, key in moments.gradients.items()},
+    )
 
 
 def _progress(steps: Iterable[Any], total: int, title: str) -> Iterator[Any]:
