@@ -363,6 +363,12 @@ def _filled(ranks: Sequence[int], sizes: Sizes, clusters: int, rank: int, max_by
     return rank
 
 
+def _worth_it(grid: Sequence[int], sizes: Sizes, max_bytes: int, ranks: Sequence[int]) -> list[int]:
+    """Numbers of clusters of which the bytes hold the lowest rank, and the highest fills half of them at least."""
+    fitting = [k for k in grid if sizes.total(k, ranks[0]) <= max_bytes and (k < sizes.n or k == 1)]
+    return [k for k in fitting if 2 * sizes.total(k, ranks[-1]) >= max_bytes] or fitting[-1:] or list(grid[:1])
+
+
 def diagonal_choices(
     measured: Sequence[SliceProblem],
     labels: Mapping[int, Tensor],
@@ -446,17 +452,15 @@ def cheapest_loss(
     found: list[Choice] = []
     refused: JDLoRAError | None = None
     if "full" in sizes:
-        curves = error_curves(probes, source.n, measured=measured, seed=seed, progress=progress)
+        grid = _worth_it(cluster_grid(source.n), sizes["full"], max_bytes, RANKS)
+        curves = error_curves(probes, source.n, measured=measured, clusters=grid, seed=seed, progress=progress)
         try:
             found.append(choose_for_bytes(curves, sizes["full"], max_bytes))
         except JDLoRAError as error:
             refused = error
     if "diag" in sizes:
-        grid = diagonal_grid(source.n)
-        if "full" in sizes:
-            labels = {k: curves.labels[curves.clusters.index(k)] for k in grid if k in curves.clusters}
-        else:
-            labels = groups(probes, source.n, grid, seed=seed, progress=progress)
+        grid = _worth_it(diagonal_grid(source.n), sizes["diag"], max_bytes, DIAGONAL_RANKS)
+        labels = groups(probes, source.n, grid, seed=seed, progress=progress)
         found += diagonal_choices(measured, labels, sizes["diag"], max_bytes, progress)
     if not found:
         smallest = min(sizes.values(), key=lambda size: size.total(1, 2))
