@@ -27,7 +27,7 @@ def max_tiles(tokens: int, rows: int, clusters: int) -> int:
 
 def slots_of(ids: np.ndarray, index_to_id: list[int | None]) -> np.ndarray:
     """Place of each id in ``index_to_id``, −1 for id 0 (the base model); int64 [tokens]."""
-    starts, lengths = _runs(ids)
+    starts, lengths = runs(ids)
     index_of = {lora_id: index for index, lora_id in enumerate(index_to_id) if lora_id is not None}
     places = [index_of[i] if i > 0 else -1 for i in ids[starts].tolist()]
     return np.repeat(np.array(places, dtype=np.int64), lengths)
@@ -92,7 +92,7 @@ class TokenTiles:
         self._packed.copy_(staged, non_blocking=True)
 
     def _fill(self, host: np.ndarray, token_cluster: np.ndarray, token_slot: np.ndarray) -> int:
-        starts, lengths = _runs(token_cluster, token_slot)
+        starts, lengths = runs(token_cluster, token_slot)
         clusters, slots = token_cluster[starts], token_slot[starts]
         adapted = (clusters >= 0) & (slots >= 0)
         if not adapted.any():
@@ -106,7 +106,7 @@ class TokenTiles:
         shift = np.repeat(starts - (ends - lengths), lengths)
         host[: self.capacity][:live] = shift + np.arange(live)
         host[self._starts[1] :][:live] = np.repeat(slots, lengths)
-        first_runs, _ = _runs(clusters)
+        first_runs, _ = runs(clusters)
         counts = np.add.reduceat(lengths, first_runs)
         for start, (rows, device_tiles) in zip(self._starts[2:], self._tiles.items(), strict=False):
             tiles = host[start:][: device_tiles.numel()].reshape(3, -1)
@@ -124,7 +124,7 @@ def _cut(tiles: np.ndarray, clusters: np.ndarray, counts: np.ndarray, rows: int)
     tiles[2, : len(group)] = np.minimum(rows, counts[group] - within)
 
 
-def _runs(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def runs(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First index and length of each run of rows that are equal in all columns; int64 [runs] each."""
     size = len(columns[0])
     if size == 0:

@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.kernels.token_tiles import runs
 from vllm_jdlora.serving.module_slices import ModuleSlices
 from vllm_jdlora.serving.options import ServingOptions
 from vllm_jdlora.serving.punica import JDPunica
@@ -73,7 +74,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         self._scaling_slots = options.scaling_slots
         self._identity_slot = options.scaling_slots
         self._slots = ScalingSlots(options.scaling_slots)
-        self._cluster_of = np.array([a.cluster for a in manifest.adapters], dtype=np.int64)
+        self._cluster_of = [a.cluster for a in manifest.adapters]
         self._sigma_changed = False
         self._slices = ModuleSlices.of(self, manifest)
         self.sigma = self._attach_sigma(lora_config.max_lora_rank, dtype)
@@ -247,28 +248,27 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         bases, slots = self._bases_and_slots(mapping.index_mapping)
         prompt_bases, _ = self._bases_and_slots(mapping.prompt_mapping)
-        super()._set_adapter_mapping(
-            LoRAMapping(tuple(bases.tolist()), tuple(prompt_bases.tolist()), mapping.is_prefill, mapping.type)
-        )
+        of_bases = LoRAMapping((), tuple(prompt_bases.tolist()), mapping.is_prefill, mapping.type)
+        # An array, not a tuple: numbers of thousands of tokens would be boxed here and unboxed by its one reader.
+        of_bases.index_mapping = bases
+        super()._set_adapter_mapping(of_bases)
         self._punica.update_scaling_slots(slots)
 
     def _bases_and_slots(self, lora_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """LoRA id of the base (0 for none) and Σ slot (−1 for none) of each token; O(tokens)."""
-        unique, inverse = np.unique(np.asarray(lora_ids, dtype=np.int64), return_inverse=True)
-        bases = np.zeros(len(unique), dtype=np.int64)
-        slots = np.full(len(unique), -1, dtype=np.int32)
-        for i, lora_id in enumerate(unique.tolist()):
-            adapter = self._adapter_of_id.get(lora_id)
-            if adapter is not None:
-                bases[i] = FIRST_BASE_ID + self._cluster_of[adapter]
-                slots[i] = self._slots.slot(adapter)
-            elif lora_id in self._dummies:
-                bases[i] = FIRST_BASE_ID + lora_id % self.collection.manifest.clusters
-                slots[i] = lora_id % self._scaling_slots
-            elif lora_id > 0:
-                bases[i] = lora_id
-                slots[i] = self._identity_slot
-        return bases[inverse], slots[inverse]
+        ids = np.asarray(lora_ids, dtype=np.int64)
+        starts, lengths = runs(ids)  # a sequence's tokens lie together
+        pairs = [self._base_and_slot(lora_id) for lora_id in ids[starts].tolist()]
+        bases, slots = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        return np.repeat(bases, lengths), np.repeat(slots, lengths)
+
+    def _base_and_slot(self, lora_id: int) -> tuple[int, int]:
+        adapter = self._adapter_of_id.get(lora_id)
+        if adapter is not None:
+            return FIRST_BASE_ID + self._cluster_of[adapter], self._slots.slot(adapter)
+        if lora_id in self._dummies:
+            return FIRST_BASE_ID + lora_id % self.collection.manifest.clusters, lora_id % self._scaling_slots
+        return (lora_id, self._identity_slot) if lora_id > 0 else (0, -1)
 
     def statistics(self) -> dict[str, int]:
         """Counts for tests and operators."""
