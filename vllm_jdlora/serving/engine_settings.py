@@ -54,7 +54,8 @@ def apply_to_engine_args(engine_args: Any) -> None:
     _warn_of_another_base_model(collection, engine_args.model)
     plain_slots = options.plain_slots or engine_args.max_loras
     rank = buffer_rank(max([manifest.rank, engine_args.max_lora_rank, *(p.rank for p in manifest.plain)]))
-    scaling_bytes = len(manifest.slices) * rank * rank * torch.finfo(torch.float32).bits // 8
+    numbers = rank if manifest.method == "diag" else rank**2
+    scaling_bytes = len(manifest.slices) * numbers * torch.finfo(torch.float32).bits // 8
     options = dataclasses.replace(
         options,
         collection=absolute(options.collection),

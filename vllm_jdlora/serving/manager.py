@@ -40,8 +40,9 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     Attributes:
         collection: the collection, memory-mapped.
-        sigma: [S + 1, rows, R, R] on the device: row s is the Σ of the adapter in slot s for every module slice,
-            row S is the identity, through which plain adapters of any rank up to R pass unchanged.
+        sigma: [S + 1, rows, R, R], or [S + 1, rows, R] of diagonals, on the device: row s is the Σ of the adapter in
+            slot s for every module slice, row S is the identity, through which plain adapters of any rank up to R
+            pass unchanged.
     """
 
     def __init__(self, *, lora_config: Any, vllm_config: Any, **kwargs: Any):
@@ -120,8 +121,10 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _attach_sigma(self, rank: int, dtype: torch.dtype) -> torch.Tensor:
         """Allocate the Σ buffer and give each wrapped layer its rows of it."""
-        sigma = torch.zeros(self._scaling_slots + 1, self._slices.rows, rank, rank, dtype=dtype, device=self.device)
-        sigma[self._identity_slot] = torch.eye(rank, dtype=dtype, device=self.device)
+        identity = torch.ones(rank) if self.collection.manifest.method == "diag" else torch.eye(rank)
+        shape = (self._scaling_slots + 1, self._slices.rows, *identity.shape)
+        sigma = torch.zeros(shape, dtype=dtype, device=self.device)
+        sigma[self._identity_slot] = identity.to(sigma)
         for name, module in self.modules.items():
             if not isinstance(module, BaseLinearLayerWithLoRA):
                 raise JDLoRAError(
@@ -183,11 +186,10 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _make_resident(self, adapter: int) -> None:
         slot = self._slots.victim()
-        rank = self.collection.manifest.rank
-        stored = self.collection.matrices(adapter)
-        self.sigma[slot, self._slices.covered, :rank, :rank] = stored[self._slices.order].to(
-            device=self.sigma.device, dtype=self.sigma.dtype, non_blocking=True
-        )
+        own = slice(self.collection.manifest.rank)
+        stored = self.collection.sigma(adapter)  # [slices, R, R], or [slices, R]
+        values = stored[self._slices.order].to(device=self.sigma.device, dtype=self.sigma.dtype, non_blocking=True)
+        self.sigma[(slot, self._slices.covered, *[own] * (values.ndim - 1))] = values
         self._slots.occupy(adapter, slot)
         self._sigma_changed = True
 
