@@ -186,10 +186,13 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _make_resident(self, adapter: int) -> None:
         slot = self._slots.victim()
-        own = slice(self.collection.manifest.rank)
+        rank, covered = self.collection.manifest.rank, self._slices.covered
         stored = self.collection.sigma(adapter)  # [slices, R, R], or [slices, R]
         values = stored[self._slices.order].to(device=self.sigma.device, dtype=self.sigma.dtype, non_blocking=True)
-        self.sigma[(slot, self._slices.covered, *[own] * (values.ndim - 1))] = values
+        if values.ndim == 2:
+            self.sigma[slot, covered, :rank] = values
+        else:
+            self.sigma[slot, covered, :rank, :rank] = values
         self._slots.occupy(adapter, slot)
         self._sigma_changed = True
 
