@@ -174,7 +174,9 @@ def test_the_sweep_takes_the_largest_rank_that_fits_and_errors_are_dense_ones(fo
         assert point["loss"] > 0
     point = points[-1]
     collection = Collection.open(
-        finished / "collections" / f"sweep-{point['budget'].replace('/', '-')}-K{point['clusters']}-R{point['rank']}"
+        finished
+        / "collections"
+        / f"sweep-{point['budget'].replace('/', '-')}-full-K{point['clusters']}-R{point['rank']}"
     )
     errors = [entry.relative_error for entry in collection.manifest.adapters]
     # The manifest's are of the very same stored values; both sum in fp64.
@@ -220,13 +222,13 @@ def test_convergence_goes_and_ends_as_the_methods_do(folder, summary):
 
 def test_long_adapters_are_compressed_together_and_so_are_their_namesakes(folder, finished, summary):
     part = summary["long"]
-    assert part["names"] == ["a", "b"] and part["clusters"] >= 1
+    assert part["names"] == ["a", "b"] and part["budget"] == str(max(BUDGETS))
     assert set(part["tables"]) == {"trained longer", "the same tasks, as the others"}
     for label, source in (("long", "long"), ("long-short", "adapters")):
         manifest = Collection.open(finished / "collections" / label).manifest
         kept = sorted((entry.name, entry.sha256) for entry in (*manifest.adapters, *manifest.plain))
         adapters, _ = read_adapters([folder / source / name for name in ("a", "b")])
-        assert kept == [(adapter.name, adapter.sha256) for adapter in adapters] and manifest.rank == part["rank"]
+        assert kept == [(adapter.name, adapter.sha256) for adapter in adapters]
 
 
 def test_a_finished_study_loads_no_model_and_fits_nothing(folder, finished, work, capsys):

@@ -39,9 +39,9 @@ def _print_sweep(points: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None)
-    for heading in ("budget", "clusters", "rank", "share of bytes", "rel. error", "out. error", "loss"):
+    for heading in ("budget", "JD-", "clusters", "rank", "share of bytes", "rel. error", "out. error", "loss"):
         table.add_column(heading, no_wrap=True, justify="right")
     for point in points:
         numbers = [f"{point[key]:.4f}" for key in ("share_of_bytes", "relative_error", "output_error", "loss")]
-        table.add_row(point["budget"], str(point["clusters"]), str(point["rank"]), *numbers)
+        table.add_row(point["budget"], point["method"], str(point["clusters"]), str(point["rank"]), *numbers)
     print_table(table)

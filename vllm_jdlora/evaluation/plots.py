@@ -140,17 +140,17 @@ def plot_convergence(objectives: Mapping[str, Sequence[float]], file: Path) -> P
 
 
 def plot_error_over_clusters(points: Sequence[Mapping[str, Any]], file: Path) -> Path:
-    """Output error over the number of clusters at equal bytes, a curve for each budget; the rank stands at each point.
+    """Output error over the number of clusters at equal bytes, a curve for each budget and method, with the ranks.
 
-    points: "budget", "clusters", "rank", "output_error" of each.
+    points: "budget", "method", "clusters", "rank", "output_error" of each.
     """
-    curves: dict[str, list[Mapping[str, Any]]] = {}
+    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in sorted(points, key=lambda p: (Fraction(p["budget"]), p["clusters"])):
-        curves.setdefault(point["budget"], []).append(point)
+        curves.setdefault((point["budget"], point["method"]), []).append(point)
     with _figure(file, 1) as (axis,):
-        for (budget, members), look in zip(curves.items(), _looks(), strict=False):
+        for ((budget, method), members), look in zip(curves.items(), _looks(), strict=False):
             x, y = [p["clusters"] for p in members], [p["output_error"] for p in members]
-            axis.plot(x, y, **look, label=f"{budget} of the bytes")
+            axis.plot(x, y, **look, label=f"JD-{method.capitalize()}, {budget} of the bytes")
             for point in members:
                 place = (point["clusters"], point["output_error"])
                 axis.annotate(f"R {point['rank']}", place, (0, 5), textcoords="offset points", ha="center", size=7)

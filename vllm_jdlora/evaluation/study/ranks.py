@@ -33,7 +33,7 @@ def ranks(study: Study) -> Part:
     study.begin("ranks", (2 + 5 * len(tried)) * len(originals.tasks))
     records = originals.references()
     bases = records[: len(originals.tasks)]
-    made = study.recipe(study.settings.plain_method, rank=size["rank"], clusters=size["clusters"])
+    made = study.recipe(chosen.manifest.method, rank=size["rank"], clusters=size["clusters"])
     tables: dict[str, Sequence[Row]] = {}
     for rank in tried:
         cut = truncated_adapters(study.adapters, rank, study.settings.output / "adapters" / f"rank-{rank}")

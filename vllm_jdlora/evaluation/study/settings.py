@@ -75,9 +75,9 @@ class StudySettings:
         return ", ".join(["ours", *changed])
 
     @property
-    def plain_method(self) -> str:
-        """The method where rank and clusters are given: full, unless another one with a rank is asked for."""
-        return "full" if self.method == "auto" else self.method
+    def methods(self) -> Sequence[str]:
+        """Those that a choice is made from."""
+        return ("full", "diag") if self.method == "auto" else (self.method,)
 
     @property
     def reference_budget(self) -> Fraction:

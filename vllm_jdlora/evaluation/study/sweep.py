@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -18,7 +19,7 @@ from vllm_jdlora.evaluation.study.settings import FEW_ITEMS
 from vllm_jdlora.evaluation.study.study import QUANTIZE, Study
 from vllm_jdlora.evaluation.summary import summarise
 from vllm_jdlora.evaluation.variant import Variant, of_collection, uncompressed
-from vllm_jdlora.jd.budget import Sizes, cluster_grid
+from vllm_jdlora.jd.budget import Sizes, cluster_grid, diagonal_grid
 
 
 def sweep(study: Study) -> Part:
@@ -30,31 +31,46 @@ def sweep(study: Study) -> Part:
         common_slices(fitted),
         dtype_width=2,
         quantize=QUANTIZE,
-        diagonal=settings.plain_method == "diag",
         always_plain=2 * sum(adapter.parameters for adapter in study.adapters if adapter.plain_only),
     )
-    grid = [k for k in cluster_grid(sizes.n) if k < sizes.n] or [1]
     points = [
-        (share, k, rank)
+        (share, method, k, rank)
         for share in settings.budgets
-        for k in grid
-        if (rank := largest_rank(sizes, k, study.bytes_at(share)))
+        for method in settings.methods
+        for k in _grid(sizes.n, method)
+        if (rank := largest_rank(replace(sizes, diagonal=method == "diag"), k, study.bytes_at(share)))
     ]
     comparison = Comparison(study, "sweep", study.adapters, study.measured, settings.limit or FEW_ITEMS)
     study.begin("sweep", (2 + len(points)) * len(comparison.tasks) + len(points))
     records = comparison.references(answers=False)
     facts: list[dict[str, Any]] = []
-    for share, k, rank in points:
-        made = study.recipe(settings.plain_method, rank=rank, clusters=k)
-        opened = partial(study.collection, f"sweep-{share_label(share)}-K{k}-R{rank}", study.adapters, made)
-        name = f"{share}: K {k}, R {rank}"
+    for share, method, k, rank in points:
+        made = study.recipe(method, rank=rank, clusters=k)
+        label = f"sweep-{share_label(share)}-{method}-K{k}-R{rank}"
+        opened = partial(study.collection, label, study.adapters, made)
+        name = f"{share}: JD-{method.capitalize()}, K {k}, R {rank}"
         errors = study.attempt(name, partial(_errors, study, opened, made))
         study.tick()
         if errors is not None:
             found = comparison.measure(name, made, partial(_variant, opened), answers=False)
-            facts.append({"budget": str(share), "clusters": k, "rank": rank, **errors, "loss": _mean_loss(found)})
+            facts.append(
+                {
+                    "budget": str(share),
+                    "method": method,
+                    "clusters": k,
+                    "rank": rank,
+                    **errors,
+                    "loss": _mean_loss(found),
+                }
+            )
             records += found
     return Part({"": summarise(records)}, records, {"points": facts, "items": settings.limit or FEW_ITEMS})
+
+
+def _grid(n: int, method: str) -> Sequence[int]:
+    if method == "diag":
+        return diagonal_grid(n)
+    return [k for k in cluster_grid(n) if k < n] or [1]
 
 
 def largest_rank(sizes: Sizes, clusters: int, budget: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 from vllm_jdlora.adapter import Adapter
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.study.comparison import Comparison
-from vllm_jdlora.evaluation.study.ours import reference, size_of
 from vllm_jdlora.evaluation.study.part import Part
 from vllm_jdlora.evaluation.study.study import Study
 from vllm_jdlora.evaluation.summary import Row, summarise
@@ -17,16 +16,12 @@ from vllm_jdlora.evaluation.variant import Variant, of_collection
 
 
 def trained_longer(study: Study) -> Part:
-    """Both sets with the reference's rank, and as many adapters a cluster as there (at least one cluster)."""
+    """Both sets at the reference's share of their bytes."""
     short = {adapter.name: adapter for adapter in study.adapters}
     if strangers := [adapter.name for adapter in study.long if adapter.name not in short]:
         raise JDLoRAError(f"--long: {strangers[0]!r} is none of --adapters; it is compared with its namesake")
-    chosen = reference(study, "long")
-    if chosen is None:
-        return Part()
-    size = size_of(chosen)
-    clusters = max(1, round(size["clusters"] * len(study.long) / len(short)))
-    made = study.recipe(study.settings.plain_method, rank=size["rank"], clusters=clusters)
+    share = study.settings.reference_budget
+    made = study.recipe(study.settings.method, max_bytes=share)
     wanted = {adapter.name for adapter in study.measured}
     sets = {"trained longer": study.long, "the same tasks, as the others": [short[a.name] for a in study.long]}
     measured = sum(adapter.name in wanted for adapter in study.long)
@@ -40,7 +35,7 @@ def trained_longer(study: Study) -> Part:
         found += comparison.measure(study.settings.family, made, partial(_variant, study, stem, adapters, made))
         tables[title] = summarise(found)
         records += found
-    facts = {"rank": size["rank"], "clusters": clusters, "names": [adapter.name for adapter in study.long]}
+    facts = {"budget": str(share), "names": [adapter.name for adapter in study.long]}
     return Part(tables, records, facts)
 
 
