@@ -16,7 +16,7 @@ except ImportError:  # CPU installations have no Triton
 
 from vllm_jdlora.kernels.packed_module import BLOCK_COLUMNS, PackedModule
 from vllm_jdlora.kernels.token_tiles import TokenTiles, max_tiles
-from vllm_jdlora.kernels.triton_sigma import NO_SCALING, block_of, scaling_of
+from vllm_jdlora.kernels.triton_sigma import DIAGONAL, NO_SCALING, block_of, scaling_of
 
 _MAX_BLOCK_R = 128
 PARTS_AT_A_TIME = 8
@@ -38,9 +38,9 @@ def constants_of(rank: int, slices: int, rows: int, hint: int, scaling: int, add
     }
 
 
-def warps_of(rows: int) -> int:
-    """Eight for tall tiles: with four, sm_80 spills at R = 16."""
-    return 4 if rows <= 16 else 8
+def warps_of(rows: int, scaling: int) -> int:
+    """Eight for tall tiles and diagonals: with four, sm_80 spills at R = 16 of the ones, at R = 64 of the others."""
+    return 4 if rows <= 16 and scaling != DIAGONAL else 8
 
 
 if triton is not None:
@@ -188,6 +188,6 @@ def jd_expand_(
         0 if sigma is None else sigma.stride(0),
         0 if sigma is None else sigma.stride(1),
         **constants_of(module.rank, module.slices, rows, module.hint, scaling, add_inputs),
-        num_warps=warps_of(rows),
+        num_warps=warps_of(rows, scaling),
         num_stages=1,
     )

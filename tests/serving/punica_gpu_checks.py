@@ -67,7 +67,13 @@ def vllm_environment():
             yield
 
 
-def serve(name: str, dtype: torch.dtype = torch.float16, rank: int = RANK, fully_sharded: bool = False):
+def serve(
+    name: str,
+    dtype: torch.dtype = torch.float16,
+    rank: int = RANK,
+    fully_sharded: bool = False,
+    diagonal: bool = False,
+):
     """One wrapped layer with its bases, the wrapper, and Σ as a view into a buffer of more module slices."""
     g = torch.Generator().manual_seed(7)
 
@@ -97,8 +103,9 @@ def serve(name: str, dtype: torch.dtype = torch.float16, rank: int = RANK, fully
         r = min(PLAIN_RANK, rank) if base == PLAIN else rank
         lora_a, lora_b = [a[base, :r] for a in v], [b[base, :, :r] for b in u]
         layer.set_lora(base, *((lora_a, lora_b) if slices > 1 else (lora_a[0], lora_b[0])))
-    worker_wide = rand(ADAPTERS + 1, slices + 3, rank, rank)
-    worker_wide[IDENTITY] = torch.eye(rank)
+    identity = torch.ones(rank) if diagonal else torch.eye(rank)
+    worker_wide = rand(ADAPTERS + 1, slices + 3, *identity.shape)
+    worker_wide[IDENTITY] = identity
     sigma = worker_wide.to(DEVICE)[:, 2 : 2 + slices]
     register = CONFIG.compilation_config.static_forward_context
     wrapper = JDPunicaGPU(MAX_TOKENS, max_batches=8, device=DEVICE, bases=BASES, forward_context_layers=register)
@@ -176,6 +183,14 @@ def test_other_ranks_equal_the_reference(rank):
     x = served.x[: len(CHANGED)]
     set_step(served.wrapper, CHANGED)
     assert_equals_reference(served, run_layer(served, x), base_output(served, x), x, CHANGED, 2.0**-11)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_diagonal_scalings_equal_the_reference(fully_sharded):
+    served = serve("qkv_proj", diagonal=True, fully_sharded=fully_sharded)
+    x = served.x[:13]
+    set_step(served.wrapper, MIXED)
+    assert_equals_reference(served, run_layer(served, x), base_output(served, x), x, MIXED, 2.0**-11)
 
 
 @pytest.mark.parametrize("name", ["qkv_proj", "down_proj"])  # vLLM shards gate_up_proj only from TP 2 on
