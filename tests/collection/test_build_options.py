@@ -106,6 +106,18 @@ def test_a_byte_budget_is_kept_and_more_bytes_give_less_error(adapters, tmp_path
         compress(adapters, tmp_path / "none", max_bytes=lambda total: 100)
 
 
+def test_a_byte_budget_may_choose_the_method_and_the_choice_loses_less(adapters, tmp_path):
+    def half(total):
+        return total // 2
+
+    made = {m: compress(adapters, tmp_path / m, max_bytes=half, method=m) for m in ("auto", "full", "diag")}
+    lost = {m: sum(a.relative_error**2 for a in c.manifest.adapters) for m, c in made.items()}
+    chosen = made["auto"].manifest
+    assert chosen.method in ("full", "diag") and made["diag"].manifest.method == "diag"
+    other = "full" if chosen.method == "diag" else "diag"
+    assert lost["auto"] == lost[chosen.method] <= 1.05 * lost[other]  # a lower rank may lose 5 % more
+
+
 def test_an_error_budget_is_kept_by_every_adapter_that_is_compressed(adapters, tmp_path):
     made = compress(adapters, tmp_path / "c", max_error=0.6)
     assert made.manifest.max_error == 0.6
