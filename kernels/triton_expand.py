@@ -38,9 +38,9 @@ def constants_of(rank: int, slices: int, rows: int, hint: int, scaling: int, add
     }
 
 
-def warps_of(rows: int, scaling: int) -> int:
-    """Eight for tall tiles and diagonals: with four, sm_80 spills at R = 16 of the ones, at R = 64 of the others."""
-    return 4 if rows <= 16 and scaling != DIAGONAL else 8
+def warps_of(rank: int, rows: int, scaling: int) -> int:
+    """Eight for tall tiles and wide diagonals: with four, sm_80 spills. Eight read a narrow diagonal 2 bytes each."""
+    return 4 if rows <= 16 and (scaling != DIAGONAL or rank <= 16) else 8
 
 
 if triton is not None:
@@ -188,6 +188,6 @@ def jd_expand_(
         0 if sigma is None else sigma.stride(0),
         0 if sigma is None else sigma.stride(1),
         **constants_of(module.rank, module.slices, rows, module.hint, scaling, add_inputs),
-        num_warps=warps_of(rows, scaling),
+        num_warps=warps_of(module.rank, rows, scaling),
         num_stages=1,
     )

@@ -110,7 +110,7 @@ def launches() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], dict[
             }
             name = f"R {rank}, {sizes.rows} rows"
             yield f"shrink, {name}", triton_shrink.shrink_kernel, shrink, constants, {"num_warps": 4, "num_stages": 3}
-            options = {"num_warps": triton_expand.warps_of(sizes.rows, triton_sigma.NO_SCALING), "num_stages": 1}
+            options = {"num_warps": triton_expand.warps_of(rank, sizes.rows, triton_sigma.NO_SCALING), "num_stages": 1}
             constants = triton_expand.constants_of(rank, SLICES, sizes.rows, 16, triton_sigma.NO_SCALING, True)
             yield f"expand, {name}", triton_expand.expand_kernel, expand, constants, options
         options = {"num_warps": triton_sigma.warps_of(rank), "num_stages": 1}
@@ -123,7 +123,7 @@ def launches() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], dict[
             yield "Σ diagonal, R 16", triton_sigma.sigma_kernel, sigma, constants, options
         for rank in FUSED_RANKS:
             constants = triton_expand.constants_of(rank, SLICES, token_tiles.DECODE_ROWS, 16, scaling, True)
-            options = {"num_warps": triton_expand.warps_of(token_tiles.DECODE_ROWS, scaling), "num_stages": 1}
+            options = {"num_warps": triton_expand.warps_of(rank, token_tiles.DECODE_ROWS, scaling), "num_stages": 1}
             yield f"Σ {name} and expand, R {rank}", triton_expand.expand_kernel, fused, constants, options
 
 
