@@ -70,6 +70,20 @@ def test_a_choice_for_an_error_is_certified(adapters, capsys):
     assert best["bounds"]["lower"] <= best["bounds"]["predicted"] <= best["bounds"]["upper"]
 
 
+def test_traffic_is_predicted_for_the_recommended_size_and_for_a_collection(adapters, tmp_path, capsys):
+    facts = planned(capsys, adapters, "--max-error", "0.9", "--traffic")
+    steps, best = facts["traffic"]["steps"], facts["recommended"]
+    assert (facts["traffic"]["rank"], facts["traffic"]["clusters"]) == (best["rank"], best["clusters"])
+    assert facts["traffic"]["gpu"] == "H100" and "shapes" not in facts
+    assert steps[-1]["plain"]["bytes"] > steps[-1]["compressed"]["bytes"] > 0
+    assert "traffic" not in planned(capsys, adapters)
+    assert main(["compress", str(adapters), "-o", str(tmp_path / "c"), "--rank", "4", "--clusters", "1"]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path / "c"), "--traffic", "A100"]) == 0
+    shown = capsys.readouterr().out
+    assert "on A100, predicted, not measured" in shown and "1 clusters of rank 4" in shown
+
+
 def test_room_is_counted_in_slots_and_scalings(adapters, capsys):
     facts = planned(capsys, adapters, "--device-memory", "1MiB", "--adapters-expected", "12")
     slot = facts["bytes"]["plain_slot"]

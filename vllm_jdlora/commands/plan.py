@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_jdlora.commands import plan_traffic
 from vllm_jdlora.commands.byte_budget import ByteBudget, byte_budget, size_in_bytes
 from vllm_jdlora.commands.terminal import positive, printable, progress_bars, readable_bytes
 from vllm_jdlora.errors import JDLoRAError
@@ -39,6 +40,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--device-memory", type=size_in_bytes, metavar="M", help="room for adapters (8GiB)")
     parser.add_argument("--adapters-expected", type=positive, metavar="N", help="plan for so many adapters of the kind")
+    plan_traffic.add_argument(parser)
     parser.add_argument("--dtype", choices=sorted(_WIDTH), default="bf16", help="of bases and Σ (default: bf16)")
     parser.add_argument("--seed", type=int, default=0, help="of the clustering's starts (default: 0)")
     parser.add_argument("--json", action="store_true", help="as JSON on stdout")
@@ -56,6 +58,17 @@ def _run(args: argparse.Namespace) -> int:
         facts = _of_collection(args)
     else:
         facts = _of_adapters(args)
+    if args.traffic is None:
+        del facts["shapes"]
+    else:
+        size = facts.get("recommended", facts["choices"][0])
+        facts["traffic"] = plan_traffic.traffic_of(
+            facts.pop("shapes"),
+            rank=size["rank"],
+            clusters=size["clusters"],
+            adapter_rank=facts["adapter_rank"],
+            card=args.traffic,
+        )
     print(json.dumps(facts, indent=1)) if args.json else _print(facts)
     return 0
 
@@ -128,6 +141,8 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     slot = _slot_bytes(sizes, max(a.rank for a in adapters))
     return {
         "adapters": len(adapters),
+        "adapter_rank": max(a.rank for a in adapters),
+        "shapes": [(part.name, part.d_out, part.d_in) for part in slices],
         "cannot_be_compressed": [a.name for a in everything if a.plain_only],
         "slices": len(slices),
         "measured_slices": len(measured),
@@ -215,6 +230,8 @@ def _of_collection(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "collection": str(args.paths[0]),
         "adapters": len(manifest.adapters),
+        "adapter_rank": max(a.rank for a in manifest.adapters),
+        "shapes": [(part.name, part.d_out, part.d_in) for part in manifest.slices],
         "plain": [p.name for p in manifest.plain],
         "slices": len(manifest.slices),
         "dtype": manifest.dtype,
@@ -294,6 +311,8 @@ def _print(facts: dict[str, Any]) -> None:
         show(f"cannot be compressed, and kept plain: {', '.join(facts['cannot_be_compressed'])}")
     if best := facts.get("recommended"):
         _print_recommended(best, show)
+    if traffic := facts.get("traffic"):
+        plan_traffic.show_traffic(traffic, show)
 
 
 def _print_recommended(best: dict[str, Any], show: Any) -> None:
