@@ -148,9 +148,11 @@ def compressed(
     )
 
 
-def layer(shapes: Sequence[ModuleShape], tokens: int, card: Card, rank: int, clusters: int) -> Traffic:
+def layer(
+    shapes: Sequence[ModuleShape], tokens: int, card: Card, rank: int, clusters: int, *, diagonal: bool = False
+) -> Traffic:
     """All modules of a layer as bases and scalings."""
-    return sum((compressed(shape, tokens, rank, clusters, card) for shape in shapes), Traffic())
+    return sum((compressed(shape, tokens, rank, clusters, card, diagonal=diagonal) for shape in shapes), Traffic())
 
 
 def stock_layer(shapes: Sequence[ModuleShape], tokens: int, card: Card, rank: int) -> Traffic:

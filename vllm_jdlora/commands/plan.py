@@ -67,6 +67,7 @@ def _run(args: argparse.Namespace) -> int:
             rank=size["rank"],
             clusters=size["clusters"],
             adapter_rank=facts["adapter_rank"],
+            diagonal=size["method"] == "diag",
             card=args.traffic,
         )
     print(json.dumps(facts, indent=1)) if args.json else _print(facts)
@@ -239,7 +240,11 @@ def _of_collection(args: argparse.Namespace) -> dict[str, Any]:
         "device_memory": args.device_memory,
         "adapters_expected": args.adapters_expected,
         "choices": [
-            made | {"relative_error": {"mean": sum(errors) / len(errors), "max": max(errors), "mean_squared": squared}}
+            made
+            | {
+                "method": manifest.method,
+                "relative_error": {"mean": sum(errors) / len(errors), "max": max(errors), "mean_squared": squared},
+            }
         ],
     }
 

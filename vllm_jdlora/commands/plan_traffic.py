@@ -31,6 +31,7 @@ def traffic_of(
     rank: int,
     clusters: int,
     adapter_rank: int,
+    diagonal: bool = False,
     card: str = _DEFAULT_CARD,
     tokens: Iterable[int] = _TOKENS,
 ) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def traffic_of(
         rank: R of the bases.
         clusters: K.
         adapter_rank: rank of the uncompressed adapters.
+        diagonal: JD-Diag's scalings, R numbers each.
         card: of ``vllm_jdlora.kernels.traffic.CARDS``.
         tokens: batch sizes.
 
@@ -56,7 +58,7 @@ def traffic_of(
     for count in tokens:
         base = traffic.base_layer(modules, count, gpu)
         plain = traffic.stock_layer(modules, count, gpu, adapter_rank)
-        ours = traffic.layer(modules, count, gpu, rank, clusters)
+        ours = traffic.layer(modules, count, gpu, rank, clusters, diagonal=diagonal)
         step: dict[str, Any] = {"sequences": count, "base": {"bytes": base.weights, "microseconds": base.microseconds}}
         for name, moved in (("plain", plain), ("compressed", ours)):
             share = moved.microseconds / base.microseconds
