@@ -10,7 +10,7 @@ from tests import tiny_llama
 from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.commands.byte_budget import byte_budget, size_in_bytes
-from vllm_jdlora.jd import budget
+from vllm_jdlora.jd import error_curves
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_measurements(monkeypatch):
-    monkeypatch.setattr(budget, "_CLUSTERS", (1, 2))
+    monkeypatch.setattr(error_curves, "_CLUSTERS", (1, 2))
 
 
 def planned(capsys, *arguments) -> dict:

@@ -25,9 +25,10 @@ from vllm_jdlora.collection.schema import (
 from vllm_jdlora.collection.second_moments import SecondMoments
 from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.budget import Choice, Sizes, cheapest_loss, choose_for_error, curves_of
+from vllm_jdlora.jd.budget import Choice, Sizes, cheapest_loss, choose_for_error
 from vllm_jdlora.jd.certificate import certify_clusters
 from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection, probe_positions, weighted_slices
+from vllm_jdlora.jd.error_curves import curves_of
 from vllm_jdlora.jd.paper_preset import paper_rule
 from vllm_jdlora.jd.passes import FitStore, MetricOf
 from vllm_jdlora.jd.search import single_member_clusters

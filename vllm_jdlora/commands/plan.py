@@ -18,7 +18,8 @@ from vllm_jdlora.commands.terminal import positive, printable, progress_bars, re
 from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
-    from vllm_jdlora.jd.budget import Choice, ErrorCurves, Sizes
+    from vllm_jdlora.jd.budget import Choice, Sizes
+    from vllm_jdlora.jd.error_curves import ErrorCurves
     from vllm_jdlora.jd.problem import SliceProblem
 
 _WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -110,8 +111,9 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_jdlora.collection.base_model import of_one_base_model
     from vllm_jdlora.collection.build import threads_for
     from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
-    from vllm_jdlora.jd.budget import curves_of, frontier, measured_slices
+    from vllm_jdlora.jd.budget import frontier
     from vllm_jdlora.jd.certificate import certify_clusters
+    from vllm_jdlora.jd.error_curves import curves_of, measured_slices
 
     with progress_bars() as show:
         show("read adapters", 0, 1)
@@ -177,7 +179,8 @@ def _diagonal(
     measured: Sequence[SliceProblem], curves: ErrorCurves, sizes: Sizes, show: Any, max_bytes: int
 ) -> list[Choice]:
     """What JD-Diag would lose in so many bytes, in the clusters of the curves."""
-    from vllm_jdlora.jd.budget import diagonal_choices, diagonal_grid
+    from vllm_jdlora.jd.budget import diagonal_choices
+    from vllm_jdlora.jd.error_curves import diagonal_grid
 
     labels = {k: curves.labels[curves.clusters.index(k)] for k in diagonal_grid(curves.n) if k in curves.clusters}
     return diagonal_choices(measured, labels, sizes, max_bytes, show)

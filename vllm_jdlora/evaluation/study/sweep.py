@@ -19,7 +19,8 @@ from vllm_jdlora.evaluation.study.settings import FEW_ITEMS
 from vllm_jdlora.evaluation.study.study import QUANTIZE, Study
 from vllm_jdlora.evaluation.summary import summarise
 from vllm_jdlora.evaluation.variant import Variant, of_collection, uncompressed
-from vllm_jdlora.jd.budget import Sizes, cluster_grid, diagonal_grid
+from vllm_jdlora.jd.budget import Sizes
+from vllm_jdlora.jd.error_curves import cluster_grid, diagonal_grid
 
 
 def sweep(study: Study) -> Part:
