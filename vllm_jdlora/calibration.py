@@ -8,14 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vllm_jdlora.adapter import Adapter, SliceShape, file_digest
@@ -24,6 +22,7 @@ from vllm_jdlora.calibration_text import CHAT_TOKENS, read_texts, text_sha256
 from vllm_jdlora.collection.schema import BaseModel
 from vllm_jdlora.collection.second_moments import FORMAT_VERSION, Origin, SecondMoments
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.moment_sums import Sums, differentiated, in_groups, mapped, watching
 
 __all__ = [
     "SecondMoments",
@@ -219,24 +218,24 @@ class _Runner:
         shapes = {part.name: part for part in slices}
         sides = {key: shapes[key].d_in for key in inputs.values()}
         sides |= {key: shapes[name].d_out for name, key in of_gradients.items()}
-        groups = _groups(sides, _SUMS_BYTES)
+        groups = in_groups(sides, _SUMS_BYTES)
         count = sum(len(tokens) - 1 for tokens in encoded)
         matrices: dict[str, Tensor] = {}
         with tempfile.TemporaryDirectory(prefix="jdlora-moments-") as folder:
             for number, keys in enumerate(groups):
-                sums = _Sums()
-                differentiated = {key: modules[name] for name, key in of_gradients.items() if key in keys}
+                sums = Sums()
+                of_loss = {key: modules[name] for name, key in of_gradients.items() if key in keys}
                 with (
-                    _watching({key: modules[key] for key in keys if key in modules}, sums.add),
-                    _differentiated(differentiated, sums.add),
+                    watching({key: modules[key] for key in keys if key in modules}, sums.add),
+                    differentiated(of_loss, sums.add),
                 ):
-                    steps = self._backward if differentiated else self._forward
+                    steps = self._backward if of_loss else self._forward
                     for done, _ in enumerate(steps(encoded)):
                         if progress:
                             progress(_STAGE, number * len(encoded) + done, len(groups) * len(encoded))
                 means = sums.means(count)
                 # Of several groups each is put on disk, and read through a mapping that outlives the folder.
-                matrices |= means if len(groups) == 1 else _mapped(means, Path(folder) / f"{number}.safetensors")
+                matrices |= means if len(groups) == 1 else mapped(means, Path(folder) / f"{number}.safetensors")
         origin = Origin(self._base, text_sha256(text), len(text), count, max_tokens, self._dtype, adapter_sha256)
         return SecondMoments(origin, inputs, {key: matrices[key] for key in sides}, of_gradients)
 
@@ -286,7 +285,7 @@ class _Runner:
     ) -> dict[str, str]:
         """Slice → the first slice that reads the very same tensor."""
         seen: dict[str, Tensor] = {}
-        with _watching(modules, seen.setdefault):
+        with watching(modules, seen.setdefault):
             list(self._forward([tokens[:2]]))
         first: dict[int, str] = {}
         inputs = {}
@@ -301,84 +300,6 @@ class _Runner:
                 )
             inputs[part.name] = first.setdefault(id(x), part.name)  # all of `seen` is alive, so an id is one tensor
         return inputs
-
-
-@contextmanager
-def _watching(modules: dict[str, nn.Module], see: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    def hook(key: str) -> Callable[..., None]:
-        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            see(key, arguments[0])
-
-        return before
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _groups(sides: Mapping[str, int], limit: int) -> list[set[str]]:
-    """Keys of square fp64 matrices [d, d] in groups of at most so many bytes, or of one matrix."""
-    groups: list[set[str]] = []
-    room = 0
-    for key, side in sides.items():
-        room -= 8 * side**2
-        if room < 0:
-            groups.append(set())
-            room = limit - 8 * side**2
-        groups[-1].add(key)
-    return groups
-
-
-def _mapped(matrices: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    save_file(matrices, file)
-    with safe_open(file, framework="pt") as content:
-        return {key: content.get_tensor(key) for key in matrices}
-
-
-class _Sums:
-    """Σ xxᵀ in fp64 for each key, over all positions but the first of each text."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def add(self, key: str, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1])[1:].float()
-        if key not in self._sums:
-            self._sums[key] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-        self._sums[key] += x.T @ x
-
-    def means(self, count: int) -> dict[str, Tensor]:
-        """Raises JDLoRAError where a sum is not finite."""
-        for key, total in self._sums.items():
-            if not bool(total.isfinite().all()):
-                raise JDLoRAError(f"the input of {key} is not finite on the calibration text: try --dtype fp32")
-        # Products of fp32 blocks are symmetric up to rounding: made exactly so.
-        return {key: ((total + total.T) / (2 * count)).float().cpu() for key, total in self._sums.items()}
-
-
-@contextmanager
-def _differentiated(modules: dict[str, nn.Module], see: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """`see(key, gradient at the module's output)` at each step back; parameters need no gradients for it."""
-
-    def hook(key: str) -> Callable[..., Tensor]:
-        def after(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # The first modules' outputs depend on nothing that is differentiated: their graph begins here.
-            output = output if output.requires_grad else output.detach().requires_grad_(True)
-            output.register_hook(lambda gradient: see(key, gradient))
-            return output
-
-        return after
-
-    handles = [module.register_forward_hook(hook(key)) for key, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adding(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
