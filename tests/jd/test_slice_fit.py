@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.jd.dense import dense, family_factors, random_factors
+from tests.jd.dense import ListSource, dense, family_factors, random_factors
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.metric import SliceMetric
+from vllm_jdlora.jd.passes import Slices
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 from vllm_jdlora.jd.projection import squared_errors
 from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceFit, SliceRecipe, fit_slice
@@ -126,3 +127,18 @@ def test_scalings_beyond_their_dtype_name_the_adapter() -> None:
 def test_recipes_that_make_no_sense_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(JDLoRAError, match=message):
         SliceRecipe(**options)  # type: ignore[arg-type]
+
+
+def test_losses_add_up_as_they_are_and_outputs_by_each_adapters_own_norm() -> None:
+    factors = [Factors(f.b * 2.0**i, f.a) for i, f in enumerate(random_factors(5, 40, 30, 3))]
+    source = ListSource([factors])
+
+    def weighted(name: str) -> SliceProblem:
+        metric = metric_named(name)
+        assert metric is not None
+        return Slices(source, lambda _: metric).weighted_by([0])[0]
+
+    output, loss = weighted("input"), weighted("loss")
+    torch.testing.assert_close(output.importance, torch.ones(5, dtype=torch.float64))
+    norms = loss.squared_norms
+    torch.testing.assert_close(loss.importance, norms / norms.mean())

