@@ -61,6 +61,15 @@ def stored_error(collection: Path, name: str, original: Path, moments: SecondMom
     return (lost / energy) ** 0.5
 
 
+def energy(original: Path, moments: SecondMoments) -> float:
+    """Σ_slices ‖ΔW‖² in the metric of the moments, dense."""
+    total = 0.0
+    for part, delta in reference.plain_deltas(original).items():
+        g, c = metric(moments, part, delta)
+        total += float((g @ delta.double() @ c * delta.double()).sum())
+    return total
+
+
 def best_errors(collection: Path, original: Path, moments: SecondMoments | None = None) -> list[float]:
     """For each cluster, the error that the best Σ on its bases as stored leaves (JD-Full or JD-Diag), dense."""
     manifest = json.loads((collection / "collection.json").read_text())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.collection.measured import best_errors, stored_error
+from tests.collection.measured import best_errors, energy, stored_error
 from tests.collection.test_edit_kinds import KINDS, moments_of, new, world  # noqa: F401
 from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection import Collection
@@ -26,9 +26,15 @@ def judged(manifest):
     return [a.relative_error if a.output_error is None else a.output_error for a in manifest.adapters]
 
 
-def objective(collection):
-    """What a fit minimises: squared errors of all adapters over all slices, in its metric."""
-    return sum(error**2 for error in judged(collection.manifest))
+def objective(collection, world):  # noqa: F811
+    """What a fit minimises: squared errors of all adapters over all slices, relative ones but for losses."""
+    squared = [error**2 for error in judged(collection.manifest)]
+    if collection.manifest.metric == "fisher":
+        names = [entry.name for entry in collection.manifest.adapters]
+        squared = [
+            s * energy(source(world, n), moments_of(world, "fisher")) for s, n in zip(squared, names, strict=True)
+        ]
+    return sum(squared)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,13 +61,13 @@ def test_a_refresh_with_newcomers_states_exact_errors_and_gains_on_adding(world,
             best = best_errors(opened.path, source(world, entry.name), moments)
             assert judged(opened.manifest)[row] == pytest.approx(best[entry.cluster], abs=1e-5)
     added = add(world / kind, new(world, "f1-new", "stranger"), moments=moments, output=tmp_path / "a").collection
-    assert objective(opened) < 0.95 * objective(added)
+    assert objective(opened, world) < 0.95 * objective(added, world)
     assert (done.output_after is None) == (moments is None)
     fresh = compress(
         everyone, tmp_path / "fresh", rank=4, clusters=2, dtype="fp32", effort=0, moments=moments, **KINDS[kind]
     )
     # A local optimum may be a little worse than another; the starts differ.
-    assert fresh.manifest.plain or objective(opened) <= 1.05 * objective(fresh)
+    assert fresh.manifest.plain or objective(opened, world) <= 1.05 * objective(fresh, world)
 
 
 @pytest.mark.parametrize("kind", ["activation", "fisher", "diag", "int8", "int8 activation"])
@@ -69,7 +75,7 @@ def test_a_refresh_with_nothing_new_makes_no_error_worse(world, tmp_path, kind):
     done = refresh(world / kind, own(world), tmp_path / "n", moments=moments_of(world, kind))
     assert done.new == () and done.moved == ()
     old = Collection.open(world / kind)
-    before, after = objective(old), objective(done.collection)
+    before, after = objective(old, world), objective(done.collection, world)
     # What the fit minimises never rises but for rounding: of fp32, or of 8 bits, where a rotated basis rounds anew.
     assert after <= before * (1.05 if "int8" in kind else 1 + 1e-5)
     assert (done.collection.manifest.error_floor is None) == ("diag" in kind)
@@ -122,7 +128,7 @@ def test_the_fit_in_a_metric_starts_from_the_old_bases_as_the_metric_sees_them(w
     done = refresh(world / "activation", own(world), tmp_path / "n", moments=moments_of(world, "activation"))
     old = Collection.open(world / "activation")
     assert len(starts) == 2 * len(old.manifest.slices)
-    assert objective(done.collection) <= objective(old) * (1 + 1e-5)  # fp32 bases
+    assert objective(done.collection, world) <= objective(old, world) * (1 + 1e-5)  # fp32 bases
 
 
 def test_in_a_metric_moments_are_needed(world, tmp_path):  # noqa: F811

@@ -14,6 +14,7 @@ from vllm_jdlora.collection.io import Collection
 from vllm_jdlora.collection.members import surrogate
 from vllm_jdlora.collection.own_metric import MetricOfSlice, in_metric, orthonormal, seen_by_cluster
 from vllm_jdlora.collection.schema import METRIC_ERRORS
+from vllm_jdlora.jd.passes import mean_energies
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 from vllm_jdlora.jd.slice_fit import METHODS
 
@@ -148,7 +149,7 @@ def _probed(
     norms, now, then = (torch.zeros(n + len(arrivals), dtype=torch.float64) for _ in range(3))
     everyone = torch.cat([labels, found.cluster])
     changed = found.cluster.unique().tolist()
-    probes = []
+    metric, probes = None, []
     for m in range(0, len(slices), step)[:_PROBES]:
         name = slices[m].name
         u, v = collection.basis(name)
@@ -159,7 +160,8 @@ def _probed(
         factors = [None if pair is None else Factors(*pair) for pair in known] + factors_of(arrivals, name)
         metric, problem = in_metric(metrics, name, SliceProblem.from_factors(factors, name))
         probes.append((m, problem, *orthonormal(*seen_by_cluster(metric, u, v))))
-    energies = _mean_energies([problem for _, problem, _, _ in probes], len(everyone))
+    absolute = metric is not None and metric.absolute
+    energies = mean_energies((problem for _, problem, _, _ in probes), len(everyone), absolute=absolute)
     for m, problem, u, v in probes:
         problem = problem.in_shares_of(energies)
         at = problem.members
@@ -181,12 +183,3 @@ def _probed(
         then[at] += lost * whole
     present = (norms > 0) & ~now.isnan() & ~then.isnan()
     return tuple(float((x[present] / norms[present]).sqrt().mean()) for x in (now, then))  # type: ignore[return-value]
-
-
-def _mean_energies(problems: Sequence[SliceProblem], n: int) -> Tensor:
-    """[n] mean squared norm of each adapter over the slices that it is in: what a rebuild would weigh it by."""
-    energy, held = (torch.zeros(n, dtype=torch.float64) for _ in range(2))
-    for problem in problems:
-        energy[problem.members] += problem.squared_norms
-        held[problem.members] += 1
-    return energy / held.clamp_min(1)

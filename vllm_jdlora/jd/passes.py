@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,20 +79,11 @@ class Slices(Sequence[SliceProblem]):
         self._metric_of = metric_of
 
     def weighted_by(self, positions: Sequence[int]) -> Slices:
-        """The same with the adapters' mean squared norms over some slices, in the metric, as energies.
-
-        In a metric of one unit for all adapters it is the mean of all of them.
-        """
-        energy, held = torch.zeros(2, self.n, dtype=torch.float64)
-        for index in positions:
-            problem = Slices(self._source, self._metric_of)[index]
-            members = problem.members.cpu()
-            energy[members] += problem.squared_norms.cpu()
-            held[members] += 1
-        energies = energy / held.clamp_min(1)
+        """The same with `mean_energies` over some of the slices, in the metric."""
+        plain = Slices(self._source, self._metric_of)
         metric = self.metric(0)
-        if metric is not None and metric.absolute and held.any():
-            energies = torch.full_like(energies, float(energies[held > 0].mean()))
+        absolute = metric is not None and metric.absolute
+        energies = mean_energies((plain[index] for index in positions), self.n, absolute=absolute)
         return Slices(self._source, self._metric_of, energies)
 
     def __len__(self) -> int:
@@ -117,6 +108,20 @@ class Slices(Sequence[SliceProblem]):
             if len(factors) != self._source.n:
                 raise JDLoRAError(f"slice {name}: factors of {len(factors)} adapters, expected {self._source.n}")
             return SliceProblem.from_factors(factors, name)
+
+
+def mean_energies(problems: Iterable[SliceProblem], n: int, *, absolute: bool) -> Tensor:
+    """[n] fp64 that adapters are weighted by: their mean squared norms over the slices that hold them.
+
+    absolute: where these are of one unit, the mean over all adapters instead.
+    """
+    energy, held = torch.zeros(2, n, dtype=torch.float64)
+    for problem in problems:
+        members = problem.members.cpu()
+        energy[members] += problem.squared_norms.cpu()
+        held[members] += 1
+    energies = energy / held.clamp_min(1)
+    return torch.full_like(energies, float(energies[held > 0].mean())) if absolute and held.any() else energies
 
 
 @contextmanager
