@@ -93,7 +93,7 @@ def test_newcomers_get_their_best_cluster_and_scalings_with_exact_errors(world, 
 
 
 def test_the_cluster_for_diagonal_scalings_is_not_the_one_whose_spans_hold_most(world, tmp_path):
-    turned = write_turned(tmp_path / "turned", world / "diag", world / "new" / "stranger", 0.75)
+    turned = write_turned(tmp_path / "turned", world / "diag", world / "new" / "stranger", 0.9)
     (entry,) = add(world / "diag", [read_adapter(turned)], output=tmp_path / "n").compressed
     errors = best_errors(world / "diag", turned)
     assert errors[1] < errors[0] - 0.05
