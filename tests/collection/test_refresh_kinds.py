@@ -27,12 +27,13 @@ def judged(manifest):
 
 
 def objective(collection, world):  # noqa: F811
-    """What a fit minimises: squared errors of all adapters over all slices, relative ones but for losses."""
+    """What a fit minimises: squared errors of all adapters over all slices, losses half-way to absolute ones."""
     squared = [error**2 for error in judged(collection.manifest)]
     if collection.manifest.metric == "fisher":
         names = [entry.name for entry in collection.manifest.adapters]
         squared = [
-            s * energy(source(world, n), moments_of(world, "fisher")) for s, n in zip(squared, names, strict=True)
+            s * energy(source(world, n), moments_of(world, "fisher")) ** 0.5
+            for s, n in zip(squared, names, strict=True)
         ]
     return sum(squared)
 

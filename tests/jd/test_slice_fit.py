@@ -129,7 +129,7 @@ def test_recipes_that_make_no_sense_are_refused(options: dict[str, int], message
         SliceRecipe(**options)  # type: ignore[arg-type]
 
 
-def test_losses_add_up_as_they_are_and_outputs_by_each_adapters_own_norm() -> None:
+def test_losses_count_half_way_between_as_they_are_and_by_each_adapters_own_norm() -> None:
     factors = [Factors(f.b * 2.0**i, f.a) for i, f in enumerate(random_factors(5, 40, 30, 3))]
     source = ListSource([factors])
 
@@ -141,4 +141,4 @@ def test_losses_add_up_as_they_are_and_outputs_by_each_adapters_own_norm() -> No
     output, loss = weighted("input"), weighted("loss")
     torch.testing.assert_close(output.importance, torch.ones(5, dtype=torch.float64))
     norms = loss.squared_norms
-    torch.testing.assert_close(loss.importance, norms / norms.mean())
+    torch.testing.assert_close(loss.importance, (norms / norms.mean()).sqrt())

@@ -48,11 +48,7 @@ class SliceMetric:
 
     @property
     def absolute(self) -> bool:
-        """With gradients errors are losses: an adapter that changes the loss more also counts more.
-
-        (16 real adapters at 1/16 of the bytes, JD-Diag: mean divergence from the uncompressed answers .0038 nats and at
-        most .012, against .0040 and .019 with each adapter measured by its own norm.)
-        """
+        """With gradients errors are losses: an adapter that changes the loss more counts more (`mean_energies`)."""
         return self.root_out is not None
 
     def whitened(self, v: Tensor) -> Tensor:

