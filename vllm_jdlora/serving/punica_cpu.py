@@ -46,7 +46,11 @@ class JDPunicaCPU(PunicaWrapperBase):
         self._token_base = _slots_of(np.asarray(mapping.index_mapping, dtype=np.int64), lora_index_to_id)
 
     def update_scaling_slots(self, token_slots: np.ndarray) -> None:
-        self.groups = TokenGroups.plan(self._token_base, token_slots)
+        self.update_tokens(self._token_base, token_slots)
+
+    def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
+        """Plan the step: base slot and scaling slot of each token, int64 [T] each; −1 for none."""
+        self.groups = TokenGroups.plan(token_base, token_slot)
 
     def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
         """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""

@@ -68,15 +68,20 @@ class JDPunicaGPU(PunicaWrapperBase):
         self._token_base = slots_of(np.asarray(mapping.index_mapping, dtype=np.int64), lora_index_to_id)
 
     def update_scaling_slots(self, token_slots: np.ndarray) -> None:
-        """Plan the step.
+        """Plan the step with the bases that :meth:`update_metadata` brought."""
+        self.update_tokens(self._token_base, token_slots)
+
+    def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
+        """Plan the step; what a CUDA graph reads behind its tokens becomes −1.
 
         Args:
-            token_slots: int [tokens], −1 for the base model.
+            token_base: int64 [tokens], slot of the token's base; −1 for the base model.
+            token_slot: int64 [tokens], its scaling slot; −1 for the base model.
 
         Raises:
             JDLoRAError: more tokens than ``max_num_batched_tokens``.
         """
-        self.kernels.tiles.plan(self._token_base, token_slots)
+        self.kernels.tiles.plan(token_base, token_slot)
 
     def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaGPU:
         """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
