@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench bench-compress gpu-check clean
+.PHONY: help setup demo serve test test-fast lint bench profile bench-compress gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## throughput of vllm serve with compressed and with plain adapters, side by side
 	$(BIN)/python loadtests/bench.py
+
+profile: setup  ## where the microseconds of a decode and a prefill step go, base beside compressed
+	$(BIN)/python loadtests/profile_step.py $(PROFILE)
 
 bench-compress: setup  ## compression of 1,000 synthetic adapters of a 7B model: time by phase, memory, growth
 	$(BIN)/python loadtests/bench_compress.py
