@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tests.jd.dense import dense, random_factors, unit
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.diag import DiagFit, _begin, _simultaneous, fit_diag, refit_diag
+from vllm_jdlora.jd.diag import DiagFit, captured_diag, fit_diag, refit_diag
+from vllm_jdlora.jd.diag_starts import simultaneous
+from vllm_jdlora.jd.diag_sweeps import Rows, begin
 from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 
@@ -62,9 +64,11 @@ def test_a_planted_form_is_found_term_by_term() -> None:
 def test_simultaneous_diagonalisation_alone_gives_an_exact_form() -> None:
     draw = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(size, 6, generator=draw).double() for size in (6, 6, 9))
-    cores = torch.einsum("pr,qr,mr->mpq", a, b, c)
+    left, right = torch.einsum("pr,mr->mrp", a, c).flatten(0, 1), b.T.repeat(9, 1)
+    energy = float(torch.einsum("pr,qr,mr->mpq", a, b, c).square().sum())
+    rows = Rows(left, right, left.new_ones(54, 1), torch.arange(9).repeat_interleave(6), 9, energy)
     # Eigenvectors in fp64, times the conditioning of A and of their pencil.
-    assert _begin(cores, *_simultaneous(cores, 6)).objective[-1] < 1e-12 * float(cores.square().sum())
+    assert begin(rows, *simultaneous(rows, 6)).objective[-1] < 1e-12 * energy
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 20])
@@ -201,6 +205,14 @@ def test_a_given_fit_is_the_space_that_the_result_lies_in() -> None:
     torch.testing.assert_close(v @ (v.T @ fit.v.T), fit.v.T, rtol=0, atol=1e-12)
 
 
+def test_the_last_sweeps_gain_from_what_the_core_leaves_out() -> None:
+    problem = problem_of(random_factors(12, 60, 50, 6))  # 72 directions, of which the core holds 32
+    core = fit_full(problem, 32, max_sweeps=1, range_steps=1)
+    inside, outside = fit_diag(problem, 8, start=core), fit_diag(problem, 8)
+    assert outside.objective[: len(inside.objective)] == pytest.approx(inside.objective)
+    assert outside.objective[-1] < inside.objective[-1] - 1e-3
+
+
 def test_a_rank_below_one_is_refused() -> None:
     with pytest.raises(JDLoRAError, match="at least 1"):
         fit_diag(problem_of(random_factors(2, 12, 10, 2)), 0)
@@ -243,3 +255,19 @@ def test_columns_for_all_members_side_by_side_lose_no_more_than_the_truncated_sv
     tails = [torch.linalg.svdvals(w)[each:].square().sum() for w in unit([dense(f) for f in factors])]
     # Strangers: the columns may be shared out by need, and shared, so it is less and never more.
     assert fit.objective[-1] < float(sum(tails)) - 1e-3
+
+
+def test_energies_of_several_clusters_are_what_refits_of_each_adapter_keep() -> None:
+    factors = random_factors(5, 30, 20, [3, 5, 2, 4, 4])
+    problem = problem_of(factors).in_shares_of(torch.arange(1.0, 6).double())
+    draw = torch.Generator().manual_seed(2)
+    u, v = torch.randn(3, 30, 6, generator=draw).double(), torch.randn(3, 6, 20, generator=draw).double()
+    u[1, :, 4:], v[1, 4:] = 0, 0
+    captured = captured_diag(problem, u, v)
+    for k in range(3):
+        design = torch.stack([torch.outer(u[k, :, j], v[k, j]).flatten() for j in range(6)], 1)
+        projector = design @ torch.linalg.pinv(design)
+        for j, member in enumerate(problem.members.tolist()):
+            w = dense(factors[member]).flatten()
+            share = float((projector @ w).square().sum() / w.square().sum())
+            assert float(captured[j, k]) == pytest.approx(share * float(problem.importance[j]), rel=1e-9)  # fp64

@@ -37,7 +37,7 @@ from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceRecipe
 Progress = Callable[[str, int, int], None]
 ByteLimit = Callable[[int], int]
 """Bytes of all adapters uncompressed → bytes that the collection may take."""
-_RECIPE = 4
+_RECIPE = 5
 """Raised when the same adapters and options would be fitted in another way: half-done work of before is not used."""
 
 

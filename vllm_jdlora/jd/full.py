@@ -40,13 +40,19 @@ class FullFit:
 
 
 def fit_full(
-    problem: SliceProblem, rank: int, *, start: tuple[Tensor, Tensor] | None = None, max_sweeps: int = 20
+    problem: SliceProblem,
+    rank: int,
+    *,
+    start: tuple[Tensor, Tensor] | None = None,
+    max_sweeps: int = 20,
+    range_steps: int = _RANGE_STEPS,
 ) -> FullFit:
     """Maximise Σ_i w_i‖Uᵀ ΔW_i V‖² over orthonormal U, V: HOSVD start, Gauss–Seidel orthogonal iteration.
 
     `start` = (u [d_out, R], v [R, d_in]) of an earlier fit competes with the HOSVD start: the better one after
     a sweep goes on, so the result captures no less than `start` does. Results have the problem's dtype (fp64
-    where the core reduction applies) and device. Raises JDLoRAError for rank < 1.
+    where the core reduction applies) and device. range_steps: power steps towards the HOSVD start of large slices;
+    fewer make a poorer start. Raises JDLoRAError for rank < 1.
     """
     if rank < 1:
         raise JDLoRAError(f"rank {rank}: give a rank of at least 1")
@@ -54,7 +60,7 @@ def fit_full(
     if len(problem) == 0:
         return _empty(problem, rank)
     total = problem.total
-    u, v = _hosvd(core, rank, q_out, q_in)
+    u, v = _hosvd(core, rank, q_out, q_in, range_steps)
     state = _start(core, u, v)
     if start is not None:
         warm = _start(core, _into(q_out, start[0], core), _into(q_in, start[1].T, core))
@@ -121,18 +127,20 @@ def _into(q: Tensor | None, basis: Tensor, core: SliceProblem) -> Tensor:
     return basis if q is None else q.T @ basis
 
 
-def _hosvd(core: SliceProblem, rank: int, q_out: Tensor | None, q_in: Tensor | None) -> tuple[Tensor, Tensor]:
+def _hosvd(
+    core: SliceProblem, rank: int, q_out: Tensor | None, q_in: Tensor | None, steps: int
+) -> tuple[Tensor, Tensor]:
     """Sequentially truncated HOSVD: V = top of Σ w ΔWᵀΔW, then U = top of Σ w ΔW V Vᵀ ΔWᵀ; [p, r_u], [q, r_v].
 
     Its error is at most twice the optimum, and it starts closer than the two HOSVD sides taken separately.
     """
-    v = _leading(core.full_gram_in, core.a, rank, q_in)
+    v = _leading(core.full_gram_in, core.a, rank, q_in, steps)
     t = core.a @ v
-    u = _leading(lambda basis: core.gram_step_out(core.bt @ basis, t), core.bt, rank, q_out)
+    u = _leading(lambda basis: core.gram_step_out(core.bt @ basis, t), core.bt, rank, q_out, steps)
     return u, v
 
 
-def _leading(gram: Callable[[Tensor], Tensor], stack: Tensor, rank: int, q: Tensor | None) -> Tensor:
+def _leading(gram: Callable[[Tensor], Tensor], stack: Tensor, rank: int, q: Tensor | None, steps: int) -> Tensor:
     """Leading eigenvectors [size, min(rank, size)] of the symmetric `gram`, given as a product with [size, r].
 
     stack [P, size] tells size, dtype and device; q [d, size] embeds the core in the slice's own space.
@@ -147,7 +155,7 @@ def _leading(gram: Callable[[Tensor], Tensor], stack: Tensor, rank: int, q: Tens
     draw = torch.Generator().manual_seed(0)
     block = torch.randn(size if q is None else q.shape[0], width, generator=draw).to(stack)
     basis = block if q is None else q.T @ block
-    for _ in range(_RANGE_STEPS):
+    for _ in range(steps):
         basis = torch.linalg.qr(gram(basis)).Q
     projected = (basis.T @ gram(basis)).double()
     rotation = torch.linalg.eigh((projected + projected.T) / 2).eigenvectors.flip(1)

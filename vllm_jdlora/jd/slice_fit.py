@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.diag import fit_diag, refit_diag
+from vllm_jdlora.jd.diag import captured_diag, fit_diag, refit_diag
 from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.problem import SliceProblem
 from vllm_jdlora.jd.projection import captured_by_cluster, refit_sigma, squared_errors
@@ -60,15 +60,9 @@ def _fit_diag(problem: SliceProblem, rank: int, start: Bases | None, max_sweeps:
     return fit.u, fit.v
 
 
-def _captured_diag(problem: SliceProblem, u: Tensor, v: Tensor) -> Tensor:
-    errors = [refit_diag(problem, u[k], v[k])[1] for k in range(len(u))]
-    lost = torch.stack(errors, 1) / problem.squared_norms[:, None]
-    return problem.importance[:, None] * (1 - lost)
-
-
 METHODS: Mapping[str, Method] = {
     "full": Method(_fit_full, refit_sigma, captured_by_cluster),
-    "diag": Method(_fit_diag, refit_diag, _captured_diag),
+    "diag": Method(_fit_diag, refit_diag, captured_diag),
 }
 
 
@@ -175,7 +169,8 @@ def fit_slice(
     fitted_v = torch.zeros(len(todo), recipe.rank, view.a.shape[1], device=problem.bt.device)
     for row, k in enumerate(todo):
         positions = (cluster[members] == k).nonzero()[:, 0]
-        own, plain = view.subset(positions), problem.subset(positions)
+        own = view.subset(positions)
+        plain = own if metric is None else problem.subset(positions)
         start = None if before is None else _start(before, k, metric)
         u, v = method.fit(own, recipe.rank, start, recipe.max_sweeps)
         fitted_u[row], fitted_v[row] = u, v
