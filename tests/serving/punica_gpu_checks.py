@@ -124,12 +124,13 @@ def bases_and_slots(batch: list) -> tuple[list[int], list[int]]:
 
 
 def set_step(wrapper, batch: list) -> None:
-    """What the manager does before a forward; base k has LoRA id k + 1."""
+    """What the manager does before a forward; in vLLM's own wrapper base k has LoRA id k + 1."""
     bases, slots = bases_and_slots(batch)
+    if isinstance(wrapper, JDPunicaGPU):
+        wrapper.update_tokens(np.array(bases), np.array(slots))
+        return
     ids = tuple(base + 1 for base in bases)
     wrapper.update_metadata(LoRAMapping(ids, ids[:1], True), [k + 1 for k in range(BASES)], BASES + 1, 100)
-    if isinstance(wrapper, JDPunicaGPU):
-        wrapper.update_scaling_slots(np.array(slots, dtype=np.int32))
 
 
 def base_output(served, x: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,12 @@
 """The least-recently-used cache of scaling slots."""
 
+import numpy as np
 import pytest
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.scaling_slots import ScalingSlots
+
+ADAPTERS = 10
 
 
 def fill(slots: ScalingSlots, *adapters: int) -> None:
@@ -11,17 +14,26 @@ def fill(slots: ScalingSlots, *adapters: int) -> None:
         slots.occupy(adapter, slots.victim())
 
 
+def slot(slots: ScalingSlots, adapter: int) -> int:
+    return int(slots.slots(np.array([adapter]))[0])
+
+
+def touch(slots: ScalingSlots, *adapters: int) -> None:
+    slots.touch(slots.slots(np.array(adapters, dtype=np.int64)))
+
+
 def test_the_least_recently_used_adapter_gives_up_its_slot():
-    slots = ScalingSlots(2)
+    slots = ScalingSlots(2, ADAPTERS)
     fill(slots, 7, 8)
-    slot_of_8 = slots.slot(8)
-    slots.touch(7)
+    slot_of_8 = slot(slots, 8)
+    touch(slots, 7, -1)
     fill(slots, 9)
-    assert 8 not in slots and 7 in slots and slots.slot(9) == slot_of_8
+    assert 8 not in slots and 7 in slots and slot(slots, 9) == slot_of_8
+    assert slots.slots(np.array([8, -1])).tolist() == [-1, -1]
 
 
 def test_a_pinned_adapter_is_never_evicted():
-    slots = ScalingSlots(2)
+    slots = ScalingSlots(2, ADAPTERS)
     fill(slots, 1, 2)
     slots.pin(1)
     fill(slots, 3)
@@ -32,22 +44,28 @@ def test_a_pinned_adapter_is_never_evicted():
     slots.unpin(1)
     fill(slots, 4)
     assert 1 not in slots
+    with pytest.raises(KeyError):
+        slots.pin(1)
 
 
 def test_a_copy_that_fails_leaves_no_half_written_slot():
-    slots = ScalingSlots(1)
+    slots = ScalingSlots(1, ADAPTERS)
     fill(slots, 1)
     first = slots.victim()  # the copy into it fails: occupy() is never called
-    assert len(slots) == 0 and slots.touch(1) is None
+    assert len(slots) == 0 and 1 not in slots
     assert slots.victim() == first
     fill(slots, 2)
-    assert slots.slot(2) == first
+    assert slot(slots, 2) == first
 
 
-def test_no_two_adapters_share_a_slot():
-    slots = ScalingSlots(3)
-    for adapter in [5, 6, 7, 5, 8, 9, 6, 5, 7]:
-        if slots.touch(adapter) is None:
-            fill(slots, adapter)
-        resident = [a for a in range(10) if a in slots]
-        assert len({slots.slot(a) for a in resident}) == len(resident) <= 3
+def test_no_two_adapters_share_a_slot_and_a_step_evicts_none_of_its_own():
+    rng = np.random.default_rng(0)
+    slots = ScalingSlots(4, ADAPTERS)
+    for _ in range(200):
+        step = rng.choice(ADAPTERS, rng.integers(1, 4), replace=False).tolist()
+        present = [a for a in step if a in slots]
+        touch(slots, *present)
+        fill(slots, *(a for a in step if a not in present))
+        resident = [a for a in range(ADAPTERS) if a in slots]
+        assert set(step) <= set(resident)
+        assert len({slot(slots, a) for a in resident}) == len(resident) == len(slots) <= 4

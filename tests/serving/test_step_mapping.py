@@ -1,48 +1,316 @@
-"""A step's LoRA ids become bases and scaling slots: of each token, in any order, without a sort."""
+"""A step's requests become base and scaling slot of each token; nothing is done while a step repeats.
 
+The reference is a loop over tokens. vLLM's own objects stand around what is tested wherever they can be had without an
+engine: its input batch and LoRA state, its runner's methods, its LRU caches.
+"""
+
+import functools
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 from vllm.lora.layers import LoRAMapping
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.model_manager import AdapterLRUCache
+from vllm.lora.request import LoRARequest
+from vllm.v1.worker.gpu.lora_utils import LoraState
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.kernels.token_tiles import TokenTiles
+from vllm_jdlora.serving.adapter_directory import AdapterDirectory
 from vllm_jdlora.serving.manager import FIRST_BASE_ID, JDLoRAModelManager
+from vllm_jdlora.serving.options import adapter_path
 from vllm_jdlora.serving.scaling_slots import ScalingSlots
+from vllm_jdlora.serving.step_planner import StepPlanner
+from vllm_jdlora.serving.step_requests import StepRequests, take_over
+from vllm_jdlora.serving.worker_manager import JDWorkerLoRAManager
 
-IDENTITY = 4
+CLUSTERS, PLAIN_SLOTS, SCALING_SLOTS, RANK = 3, 2, 5, 2
+PLAIN_ID = 900
+
+
+class Recorder:
+    """Stands for a punica wrapper."""
+
+    def __init__(self):
+        self.steps = []
+
+    def update_tokens(self, token_base, token_slot):
+        assert token_base.dtype == token_slot.dtype == np.int64
+        self.steps.append((token_base.tolist(), token_slot.tolist()))
+
+
+def compressed(adapter: int, lora_id: int | None = None, revision: str = "r") -> LoRARequest:
+    return LoRARequest(f"a{adapter}", lora_id or adapter + 1, adapter_path(revision, f"a{adapter}"))
+
+
+def make_manager(adapters: int, clusters: int, scaling_slots: int, punica=None) -> JDLoRAModelManager:
+    """The manager without a model: every Σ of adapter i is filled with i; cluster of adapter i is i mod clusters."""
+    made = JDLoRAModelManager.__new__(JDLoRAModelManager)
+    names = {f"a{i}": i for i in range(adapters)}
+    made.collection = SimpleNamespace(
+        manifest=SimpleNamespace(rank=RANK, clusters=clusters, revision="r", adapters=range(adapters)),
+        sigma=lambda adapter: torch.full((1, RANK, RANK), float(adapter)),
+        index_of=names.__getitem__,
+    )
+    made._slices = SimpleNamespace(order=torch.tensor([0]), covered=torch.tensor([0]))
+    made.sigma = torch.zeros(scaling_slots + 1, 1, RANK, RANK)
+    made._dummies = set()
+    made._clusters, made._scaling_slots, made._identity_slot = clusters, scaling_slots, scaling_slots
+    made._slots = ScalingSlots(scaling_slots, adapters)
+    made._directory = AdapterDirectory([i % clusters for i in range(adapters)], made._slots)
+    made._punica = punica or Recorder()
+    made._planner = StepPlanner(made._directory, made._slots, made._punica, made._place_of_other)
+    made.lora_config = SimpleNamespace(max_loras=clusters + PLAIN_SLOTS, fully_sharded_loras=False)
+    made.lora_index_to_id = [FIRST_BASE_ID + k for k in range(clusters)] + [None] * PLAIN_SLOTS
+    made._registered_adapters = AdapterLRUCache(clusters + PLAIN_SLOTS + 2, made.deactivate_adapter)
+    made._active_adapters = AdapterLRUCache(clusters + PLAIN_SLOTS, made._deactivate_adapter)
+    for lora_id in made.lora_index_to_id[:clusters]:
+        made._registered_adapters[lora_id] = made._active_adapters[lora_id] = None
+        made._registered_adapters.pin(lora_id)
+        made._active_adapters.pin(lora_id)
+    made.modules = {}
+    return made
+
+
+def make_worker(manager: JDLoRAModelManager) -> JDWorkerLoRAManager:
+    worker = JDWorkerLoRAManager.__new__(JDWorkerLoRAManager)
+    worker._adapter_manager = manager
+    return worker
+
+
+def register_plain(manager: JDLoRAModelManager, lora_id: int) -> LoRARequest:
+    manager._registered_adapters[lora_id] = SimpleNamespace(id=lora_id)
+    return LoRARequest(f"plain-{lora_id}", lora_id, f"folder/{lora_id}")
 
 
 @pytest.fixture
 def manager():
-    """Adapters 0 and 2 of a collection of three, in clusters 1 and 0, as LoRA 11 and 12; 13 is plain, 14 a dummy."""
-    made = JDLoRAModelManager.__new__(JDLoRAModelManager)
-    made._adapter_of_id, made._dummies = {11: 0, 12: 2}, {14}
-    made._cluster_of, made._slots = [1, 1, 0], ScalingSlots(4)
-    made._slots.occupy(0, made._slots.victim())
-    made._slots.occupy(2, made._slots.victim())
-    made._scaling_slots, made._identity_slot = 4, IDENTITY
-    made.collection = SimpleNamespace(manifest=SimpleNamespace(clusters=2))
-    return made
+    return make_manager(12, CLUSTERS, SCALING_SLOTS)
 
 
-def test_every_token_gets_the_base_and_slot_of_its_adapter(manager):
-    ids = (11, 11, 0, 12, 13, 13, 11, 14, 0, 0)
-    bases, slots = manager._bases_and_slots(ids)
-    first, second = FIRST_BASE_ID, FIRST_BASE_ID + 1
-    assert bases.tolist() == [second, second, 0, first, 13, 13, second, first, 0, 0]
-    assert slots.tolist() == [0, 0, -1, 1, IDENTITY, IDENTITY, 0, 2, -1, -1]
-    assert [part.tolist() for part in manager._bases_and_slots(())] == [[], []]
+@pytest.fixture
+def worker(manager):
+    return make_worker(manager)
 
 
-def test_vllm_gets_bases_and_the_wrapper_slots(manager, monkeypatch):
-    told = {}
-    monkeypatch.setattr(LRUCacheLoRAModelManager, "_set_adapter_mapping", lambda _, mapping: told.update(stock=mapping))
-    manager._punica = SimpleNamespace(update_scaling_slots=lambda slots: told.update(slots=slots.tolist()))
-    manager._set_adapter_mapping(LoRAMapping((12, 12, 0), (12, 0), True))
-    assert np.asarray(told["stock"].index_mapping).tolist() == [FIRST_BASE_ID, FIRST_BASE_ID, 0]
-    assert told["stock"].prompt_mapping == (FIRST_BASE_ID, 0) and told["stock"].is_prefill
-    assert told["slots"] == [1, 1, -1]
+def step_of(rows: list[tuple[LoRARequest | None, int]]) -> StepRequests:
+    """A step of (adapter's request, tokens), as a V2 runner gives it: with an entry for each request."""
+    ids = np.array([request.lora_int_id if request else 0 for request, _ in rows], dtype=np.int32)
+    tokens = np.array([n for _, n in rows], dtype=np.int32)
+    return StepRequests(ids, tokens, [request for request, _ in rows if request])
+
+
+def check_by_token(manager: JDLoRAModelManager, rows: list[tuple[LoRARequest | None, int]]) -> None:
+    """The last plan against a loop over tokens, and Σ itself: the slot must hold the adapter's own."""
+    bases, slots = manager._punica.steps[-1]
+    token = 0
+    for request, count in rows:
+        for _ in range(count):
+            if request is None:
+                assert (bases[token], slots[token]) == (-1, -1)
+            elif request.lora_path.startswith("jd://"):
+                adapter = int(request.lora_name[1:])
+                assert bases[token] == adapter % manager._clusters
+                assert torch.equal(manager.sigma[slots[token]], torch.full((1, RANK, RANK), float(adapter)))
+            else:
+                assert manager.lora_index_to_id[bases[token]] == request.lora_int_id
+                assert slots[token] == manager._identity_slot
+            token += 1
+    assert token == len(bases) == len(slots)
+
+
+def test_every_token_gets_base_and_slot_of_its_adapter_as_batches_come_and_go(manager, worker):
+    """More adapters than slots of either kind, over a hundred batches, some of them twice."""
+    rng = np.random.default_rng(0)
+    plain = [register_plain(manager, PLAIN_ID + i) for i in range(PLAIN_SLOTS + 1)]
+    requests = [compressed(i) for i in range(12)]
+    for _ in range(100):
+        within = [requests[i] for i in rng.choice(12, SCALING_SLOTS, replace=False)]
+        within += [plain[i] for i in rng.choice(len(plain), PLAIN_SLOTS, replace=False)] + [None]
+        rows = [(within[rng.integers(len(within))], int(rng.integers(1, 5))) for _ in range(rng.integers(1, 9))]
+        for _ in range(rng.integers(1, 3)):
+            worker.set_active_requests(step_of(rows))
+            check_by_token(manager, rows)
+
+
+def test_a_step_that_repeats_is_not_planned_again_until_something_moves(manager, worker):
+    plain = register_plain(manager, PLAIN_ID)
+    rows = [(compressed(0), 1), (None, 1), (plain, 1), (compressed(1), 1)]
+    planned = manager._punica.steps
+
+    def run(changed_rows=rows, times=2):
+        for _ in range(times):
+            worker.set_active_requests(step_of(changed_rows))
+            check_by_token(manager, changed_rows)
+
+    run()
+    assert len(planned) == 1
+    for adapter in range(2, 2 + SCALING_SLOTS):  # others are loaded, over slots of the batch in the end
+        worker.add_adapter(compressed(adapter))
+    run()
+    assert len(planned) == 2
+    others = [register_plain(manager, PLAIN_ID + i) for i in range(1, 3)]
+    for other in others:  # the same for plain adapters
+        worker.add_adapter(other)
+    run()
+    assert len(planned) == 3
+    run([(request, 2) for request, _ in rows])  # other token counts
+    assert len(planned) == 4
+    run([(compressed(5, lora_id=1), 1), *rows[1:]])  # an id that comes back for another adapter
+    assert len(planned) == 5
+
+
+def test_adapters_of_a_step_that_repeats_are_not_the_least_recently_used(manager, worker):
+    rows = [(compressed(0), 1)]
+    worker.set_active_requests(step_of(rows))
+    for adapter in range(1, SCALING_SLOTS):
+        worker.add_adapter(compressed(adapter))
+    worker.set_active_requests(step_of(rows))
+    worker.set_active_requests(step_of(rows))
+    worker.add_adapter(compressed(SCALING_SLOTS))  # one slot too few
+    assert 0 in manager._slots and 1 not in manager._slots
+
+
+def test_a_copy_of_scalings_that_fails_does_not_leave_a_plan_that_names_the_slot(manager, worker):
+    rows = [(compressed(i), 1) for i in range(SCALING_SLOTS)]
+    step = step_of(rows)
+    worker.set_active_requests(step)
+    whole = manager.collection.sigma
+    manager.collection.sigma = lambda adapter: torch.full((1, RANK + 1, RANK + 1), float(adapter))
+    with pytest.raises(RuntimeError):
+        worker.add_adapter(compressed(9))
+    manager.collection.sigma = whole
+    worker.set_active_requests(step)
+    assert len(manager._punica.steps) == 2
+    check_by_token(manager, rows)
+
+
+def test_another_revision_is_refused_even_under_an_id_that_is_known(worker):
+    worker.add_adapter(compressed(3))
+    with pytest.raises(JDLoRAError, match="revision old"):
+        worker.set_active_requests(step_of([(compressed(3, revision="old"), 1)]))
+
+
+def test_an_id_of_a_compressed_adapter_can_come_back_for_a_plain_one(manager, worker):
+    worker.add_adapter(compressed(3, lora_id=PLAIN_ID))
+    rows = [(register_plain(manager, PLAIN_ID), 2)]
+    worker.set_active_requests(step_of(rows))
+    check_by_token(manager, rows)
+
+
+def test_warm_up_goes_vllms_own_way_and_the_next_step_is_planned(manager, worker):
+    rows = [(compressed(0), 1), (compressed(1), 1)]
+    worker.set_active_requests(step_of(rows))
+    dummies = [LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in (101, 102)]
+    for dummy in dummies:
+        worker.add_dummy_lora(dummy, rank=8)
+    worker.set_active_adapters(set(dummies), LoRAMapping((101, 101, 0, 102), (101, 0, 102), True))
+    bases, slots = manager._punica.steps[-1]
+    assert bases == [101 % CLUSTERS, 101 % CLUSTERS, -1, 102 % CLUSTERS]
+    assert [slot >= 0 for slot in slots] == [True, True, False, True]
+    worker.set_active_requests(step_of(rows))
+    check_by_token(manager, rows)
+    manager.remove_all_adapters()
+    worker.set_active_requests(step_of(rows))
+    check_by_token(manager, rows)
+    assert sorted(worker.list_adapters()) == [1, 2]
+
+
+class Runner(LoRAModelRunnerMixin):
+    """What V1 and V2 runners have of LoRA, without the rest."""
+
+
+def vllm_would_map(calls: list, worker) -> None:
+    """Record what vLLM's own path would hand to its manager."""
+    worker.set_active_adapters = lambda requests, mapping: calls.append((requests, mapping))
+
+
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_runners_tell_the_same_as_vllms_own_methods(manager, worker, version):
+    ours, stock, calls = Runner(), Runner(), []
+    ours.lora_manager = worker
+    stock.lora_manager = SimpleNamespace()
+    vllm_would_map(calls, stock.lora_manager)
+    rows = [(compressed(4), 3), (None, 2), (compressed(1), 1), (compressed(4), 1), (None, 1)]
+    counts = np.array([n for _, n in rows], dtype=np.int32)
+    if version == "V1":
+        batch = v1_batch(rows)
+        take_over(ours)
+        for runner in (ours, stock):
+            runner.set_active_loras(batch, counts, np.ones(len(rows), dtype=np.int32))
+    else:
+        for runner in (ours, stock):
+            runner.lora_state = LoraState(16)
+        take_over(ours)
+        # Requests lie in other rows of the state than in the batch.
+        places = np.array([7, 3, 0, 9, 4])
+        for i, (request, _) in enumerate(rows):
+            for runner in (ours, stock):
+                runner.lora_state.add_request(f"request {i}", places[i], request)
+        ids = [f"request {i}" for i in range(len(rows))]
+        for runner in (ours, stock):
+            runner._set_active_loras(*runner.lora_state.make_lora_inputs(ids, places, counts))
+    (requests, mapping), *_ = calls
+    assert {r.lora_int_id for r in requests} == {5, 2}
+    assert mapping.index_mapping == (5, 5, 5, 0, 0, 2, 5, 0)
+    check_by_token(manager, rows)
+    assert {a for a in range(12) if a in manager._slots} == {r.lora_int_id - 1 for r in requests}
+
+
+def v1_batch(rows: list[tuple[LoRARequest | None, int]], room: int = 16) -> SimpleNamespace:
+    """What V1's input batch says of LoRA, with vLLM's own method on it."""
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    mapping = np.zeros(max(room, len(rows)), dtype=np.int64)
+    mapping[: len(rows)] = [request.lora_int_id if request else 0 for request, _ in rows]
+    requests = {request.lora_int_id: request for request, _ in rows if request}
+    batch = SimpleNamespace(request_lora_mapping=mapping, num_reqs=len(rows), lora_id_to_lora_request=requests)
+    batch.make_lora_inputs = functools.partial(InputBatch.make_lora_inputs, batch)
+    return batch
+
+
+def test_a_v1_batch_that_changes_in_place_is_seen(manager, worker):
+    """vLLM goes on writing to the array that the step before was read from."""
+    runner = Runner()
+    runner.lora_manager = worker
+    take_over(runner)
+    rows = [(compressed(4), 1), (compressed(1), 1)]
+    batch = v1_batch(rows)
+    runner.set_active_loras(batch, np.array([1, 1]))
+    batch.request_lora_mapping[[0, 1]] = batch.request_lora_mapping[[1, 0]]
+    runner.set_active_loras(batch, np.array([1, 1]))
+    check_by_token(manager, rows[::-1])
+
+
+def test_dummies_of_a_v2_runner_reach_the_manager(manager, worker):
+    runner = Runner()
+    runner.lora_manager, runner.lora_state = worker, LoraState(4)
+    take_over(runner)
+    config = SimpleNamespace(max_loras=2, max_lora_rank=8)
+    with runner.maybe_dummy_run_with_lora(config, np.array([2, 1]), np.array([1, 1]), num_active_loras=2):
+        assert manager._punica.steps[-1][0] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("known", [300, 100_000])
+def test_planning_8192_tokens_of_256_sequences_does_not_depend_on_what_is_known(known):
+    """A third of a millisecond is the goal; machines under load get ten times that before this fails."""
+    tiles = TokenTiles(8192, 8, "cpu")
+    manager = make_manager(known, 8, 300, SimpleNamespace(update_tokens=tiles.plan))
+    worker = make_worker(manager)
+    requests = [compressed(i) for i in range(known)]
+    for request in requests[300:]:
+        manager.add_compressed(request, request.lora_name)
+    steps = [step_of([(requests[(i + shift) % 300], 32) for i in range(256)]) for shift in (0, 20)]
+    seconds = []
+    for i in range(60):
+        start = time.perf_counter()
+        worker.set_active_requests(steps[i % 2])
+        seconds.append(time.perf_counter() - start)
+    assert tiles.live == 8192
+    assert min(seconds) < 3e-3

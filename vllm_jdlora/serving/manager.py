@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from collections import abc
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,10 +25,16 @@ from vllm.platforms import current_platform
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels.token_tiles import runs
+from vllm_jdlora.serving.adapter_directory import AdapterDirectory
 from vllm_jdlora.serving.module_slices import ModuleSlices
 from vllm_jdlora.serving.options import ServingOptions
 from vllm_jdlora.serving.punica import JDPunica
 from vllm_jdlora.serving.scaling_slots import ScalingSlots
+from vllm_jdlora.serving.step_planner import StepPlanner
+from vllm_jdlora.serving.step_requests import StepRequests
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger("vllm.jdlora")
 
@@ -70,13 +77,13 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
             vllm_config=vllm_config,
             **kwargs,
         )
-        self._adapter_of_id: dict[int, int] = {}
         self._dummies: set[int] = set()
+        self._clusters = clusters
         self._scaling_slots = options.scaling_slots
         self._identity_slot = options.scaling_slots
-        self._slots = ScalingSlots(options.scaling_slots)
-        self._cluster_of = [a.cluster for a in manifest.adapters]
-        self._sigma_changed = False
+        self._slots = ScalingSlots(options.scaling_slots, len(manifest.adapters))
+        self._directory = AdapterDirectory([a.cluster for a in manifest.adapters], self._slots)
+        self._planner = StepPlanner(self._directory, self._slots, self._punica, self._place_of_other)
         self._slices = ModuleSlices.of(self, manifest)
         self.sigma = self._attach_sigma(lora_config.max_lora_rank, dtype)
         self._load_bases(manifest.rank)
@@ -106,6 +113,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
                 self.max_num_seqs,
                 self.device,
                 vllm_config.compilation_config.static_forward_context,
+                vllm_config.model_config.dtype,
             )
         else:
             from vllm_jdlora.serving.punica_gpu import JDPunicaGPU
@@ -148,16 +156,17 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
             super().add_adapter(base)
             super().activate_adapter(lora_id)
             super().pin_adapter(lora_id)
+            # A step names bases by their place, and a cluster's place is its number.
+            assert self.lora_index_to_id[cluster] == lora_id
             base.loras.clear()  # the device has it; the host copy would cost as much again
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
-    def add_compressed(self, lora_id: int, name: str) -> bool:
-        """Bind a LoRA id to an adapter of the collection; whether it was new."""
-        if lora_id in self._adapter_of_id:
-            return False
-        self._adapter_of_id[lora_id] = self.collection.index_of(name)
-        return True
+    def add_compressed(self, request: LoRARequest, name: str) -> None:
+        """Bind a LoRA id to an adapter of the collection, whatever it meant before."""
+        adapter = self.collection.index_of(name)
+        self.unbind(request.lora_int_id)
+        self._directory.bind(request, adapter)
 
     def add_dummy(self, lora_id: int) -> bool:
         """A compressed adapter without weights, for warm-up and graph capture."""
@@ -166,25 +175,37 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         self._dummies.add(lora_id)
         return True
 
-    def is_compressed(self, lora_id: int) -> bool:
-        return lora_id in self._adapter_of_id or lora_id in self._dummies
+    def is_bound(self, request: LoRARequest) -> bool:
+        """Whether a request for a compressed adapter has been seen before, in O(1)."""
+        return self._directory.is_bound(request)
 
-    def knows(self, lora_id: int) -> bool:
-        """Whether an adapter is registered, in O(1)."""
-        return self.is_compressed(lora_id) or lora_id in self._registered_adapters
+    def is_registered(self, lora_id: int) -> bool:
+        """Whether a plain adapter or a dummy is registered, in O(1)."""
+        return lora_id in self._dummies or lora_id in self._registered_adapters
 
     def activate_adapter(self, lora_id: int) -> bool:
-        if lora_id in self._dummies:
-            return True
-        adapter = self._adapter_of_id.get(lora_id)
+        adapter = self._directory.adapter(lora_id)
         if adapter is None:
-            return super().activate_adapter(lora_id)
-        if self._slots.touch(adapter) is not None:
+            return lora_id in self._dummies or self._activate_plain(lora_id)
+        if adapter in self._slots:
+            self._slots.touch(self._slots.slots(np.array([adapter])))
             return False
         self._make_resident(adapter)
         return True
 
+    def _activate_plain(self, lora_id: int) -> bool:
+        self._registered_adapters.touch(lora_id)
+        activated = super().activate_adapter(lora_id)
+        if activated:
+            self._planner.forget()
+        return activated
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        self._planner.forget()
+        super()._deactivate_adapter(lora_id)
+
     def _make_resident(self, adapter: int) -> None:
+        self._planner.forget()  # first: a copy that fails has evicted an adapter all the same
         slot = self._slots.victim()
         rank, covered = self.collection.manifest.rank, self._slices.covered
         stored = self.collection.sigma(adapter)  # [slices, R, R], or [slices, R]
@@ -194,21 +215,27 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         else:
             self.sigma[slot, covered, :rank, :rank] = values
         self._slots.occupy(adapter, slot)
-        self._sigma_changed = True
 
     def remove_adapter(self, adapter_id: int) -> bool:
+        if self.unbind(adapter_id):
+            return True
         if adapter_id in self._dummies:
             self._dummies.discard(adapter_id)
             return True
-        adapter = self._adapter_of_id.pop(adapter_id, None)
+        return super().remove_adapter(adapter_id)
+
+    def unbind(self, lora_id: int) -> bool:
+        """Forget what compressed adapter an id means; whether it meant one."""
+        adapter = self._directory.forget(lora_id)
         if adapter is None:
-            return super().remove_adapter(adapter_id)
+            return False
+        self._planner.forget()
         # Its Σ stays until the slot is wanted: the name may come back under another id.
         self._slots.unpin(adapter)
         return True
 
     def pin_adapter(self, lora_id: int) -> bool:
-        adapter = self._adapter_of_id.get(lora_id)
+        adapter = self._directory.adapter(lora_id)
         if adapter is None:
             return super().pin_adapter(lora_id)
         self.activate_adapter(lora_id)
@@ -217,21 +244,21 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     def remove_all_adapters(self) -> None:
         """Forget every adapter; the bases and the Σ that are resident stay."""
-        self._adapter_of_id.clear()
+        self._directory.clear()
         self._dummies.clear()
         for lora_id in [i for i in self._registered_adapters.cache if i < FIRST_BASE_ID]:
             super().remove_adapter(lora_id)
-        self._last_mapping = None
-        self._last_slot_layout = None
+        self._planner.forget()
 
     def list_adapters(self) -> dict[int, Any]:
         plain = {i: m for i, m in super().list_adapters().items() if i < FIRST_BASE_ID}
-        return {**plain, **dict.fromkeys(self._adapter_of_id), **dict.fromkeys(self._dummies)}
+        return {**plain, **dict.fromkeys(self._directory), **dict.fromkeys(self._dummies)}
 
     def get_adapter(self, adapter_id: int) -> Any:
-        if adapter_id in self._adapter_of_id:
-            return self.collection.manifest.adapters[self._adapter_of_id[adapter_id]]
-        return super().get_adapter(adapter_id)
+        adapter = self._directory.adapter(adapter_id)
+        if adapter is None:
+            return super().get_adapter(adapter_id)
+        return self.collection.manifest.adapters[adapter]
 
     def unwrapped_targets(self, lora: LoRAModel) -> list[str]:
         """Modules that a plain adapter wants to change and that are not wrapped on this server."""
@@ -243,44 +270,44 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
 
     # --- the step -------------------------------------------------------------------------------------------------
 
+    def touch_resident(self, requests: abc.Collection[LoRARequest]) -> list[LoRARequest]:
+        """Mark what is resident as just used, before anything is loaded over it; the requests that need more."""
+        return self._directory.touch(requests)
+
+    def is_planned(self, step: StepRequests) -> bool:
+        """Whether the step before was this one and nothing has moved; if so its adapters count as just used."""
+        plain = self._planner.touch_if_planned(step)
+        for lora_id in plain or ():
+            self._active_adapters.touch(lora_id)
+            self._registered_adapters.touch(lora_id)
+        return plain is not None
+
+    def plan(self, step: StepRequests) -> None:
+        """Plan a step whose adapters are all active."""
+        self._planner.plan(step)
+
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        if self._sigma_changed:
-            # vLLM skips an unchanged mapping; it cannot see that a Σ slot got another adapter.
-            self._last_mapping = None
-            self._sigma_changed = False
-        super().set_adapter_mapping(mapping)
+        """vLLM's own way in, by token; real steps come through :meth:`plan`.
 
-    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        bases, slots = self._bases_and_slots(mapping.index_mapping)
-        prompt_bases, _ = self._bases_and_slots(mapping.prompt_mapping)
-        of_bases = LoRAMapping((), tuple(prompt_bases.tolist()), mapping.is_prefill, mapping.type)
-        # An array, not a tuple: numbers of thousands of tokens would be boxed here and unboxed by its one reader.
-        of_bases.index_mapping = bases
-        super()._set_adapter_mapping(of_bases)
-        self._punica.update_scaling_slots(slots)
-
-    def _bases_and_slots(self, lora_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """LoRA id of the base (0 for none) and Σ slot (−1 for none) of each token; O(tokens)."""
-        ids = np.asarray(lora_ids, dtype=np.int64)
+        Nothing of vLLM's mapping is made. Its readers are embedding, logits and classification layers, which are
+        refused at start-up, and the towers of multimodal models, whose LoRA is refused with the flag that turns it on.
+        """
+        ids = np.asarray(mapping.index_mapping, dtype=np.int64)
         starts, lengths = runs(ids)  # a sequence's tokens lie together
-        pairs = [self._base_and_slot(lora_id) for lora_id in ids[starts].tolist()]
-        bases, slots = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-        return np.repeat(bases, lengths), np.repeat(slots, lengths)
+        self._planner.plan_runs(ids[starts], lengths)
 
-    def _base_and_slot(self, lora_id: int) -> tuple[int, int]:
-        adapter = self._adapter_of_id.get(lora_id)
-        if adapter is not None:
-            return FIRST_BASE_ID + self._cluster_of[adapter], self._slots.slot(adapter)
+    def _place_of_other(self, lora_id: int) -> tuple[int, int]:
+        """Base and Σ slot of a plain adapter, or of a dummy."""
         if lora_id in self._dummies:
-            return FIRST_BASE_ID + lora_id % self.collection.manifest.clusters, lora_id % self._scaling_slots
-        return (lora_id, self._identity_slot) if lora_id > 0 else (0, -1)
+            return lora_id % self._clusters, lora_id % self._scaling_slots
+        return self.lora_index_to_id.index(lora_id, self._clusters), self._identity_slot
 
     def statistics(self) -> dict[str, int]:
         """Counts for tests and operators."""
         return {
-            "known": len(self._adapter_of_id),
+            "known": len(self._directory),
             "resident": len(self._slots),
-            "clusters": self.collection.manifest.clusters,
+            "clusters": self._clusters,
             "plain": sum(i < FIRST_BASE_ID for i in self._registered_adapters.cache),
             "wrapped_modules": len(self.modules),
         }

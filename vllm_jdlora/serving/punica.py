@@ -9,13 +9,16 @@ import torch
 
 
 class JDPunica(Protocol):
-    """A punica wrapper that knows scaling slots; one for the whole model. Implemented for CPU and for CUDA."""
+    """A punica wrapper that knows scaling slots; one for the whole model. Implemented for CPU and for CUDA.
 
-    def update_scaling_slots(self, token_slots: np.ndarray) -> None:
-        """Take the scaling slot of each token of the step, int32 [tokens]; −1 is the base model.
+    vLLM's ``update_metadata`` is never called on it.
+    """
 
-        Called after vLLM's ``update_metadata``, which brings the base slot of each token, and again whenever the
-        content of a slot has changed.
+    def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
+        """Take the base slot and the scaling slot of each token of the step, int64 [tokens] each; −1 for none.
+
+        A base slot counts LoRA slots of vLLM: cluster k lies in slot k, plain adapters in the slots behind. Called
+        again whenever the step, a base or the content of a scaling slot has changed, and only then.
         """
 
     def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> Any:

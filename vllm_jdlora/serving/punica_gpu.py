@@ -14,21 +14,18 @@ import numpy as np
 import torch
 from vllm import envs
 from vllm.forward_context import get_forward_context
-from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from vllm_jdlora.kernels.packed_module import PackedModule
-from vllm_jdlora.kernels.token_tiles import TokenTiles, slots_of
+from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
-
-_NO_TOKENS = np.empty(0, dtype=np.int64)
 
 
 class JDPunicaGPU(PunicaWrapperBase):
     """What a step's layers share: the plan of who is in the batch, and the scratch.
 
     vLLM's own metadata is not made: its loop over tokens takes milliseconds for a long prefill, and its only readers
-    are embedding and logits layers, which are refused at start-up.
+    are embedding, logits and expert layers, which are refused at start-up.
     """
 
     def __init__(
@@ -52,24 +49,8 @@ class JDPunicaGPU(PunicaWrapperBase):
         """
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._forward_context_layers = forward_context_layers
-        self._token_base = _NO_TOKENS
         # vLLM's switch asks for equal bits of a request whatever else is served beside it.
         self.kernels = GroupedLoRA(TokenTiles(max_num_batched_tokens, bases, device), device, envs.VLLM_BATCH_INVARIANT)
-
-    def update_metadata(
-        self,
-        mapping: LoRAMapping,
-        lora_index_to_id: list[int | None],
-        max_loras: int,
-        vocab_size: int,
-        **kwargs: Any,
-    ) -> None:
-        """Base of each token; :meth:`update_scaling_slots` follows and plans the step."""
-        self._token_base = slots_of(np.asarray(mapping.index_mapping, dtype=np.int64), lora_index_to_id)
-
-    def update_scaling_slots(self, token_slots: np.ndarray) -> None:
-        """Plan the step with the bases that :meth:`update_metadata` brought."""
-        self.update_tokens(self._token_base, token_slots)
 
     def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
         """Plan the step; what a CUDA graph reads behind its tokens becomes −1.
@@ -92,7 +73,7 @@ class JDPunicaGPU(PunicaWrapperBase):
     def _unreachable(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("this LoRA layer should have been refused at start-up: only linear layers are served")
 
-    add_shrink = add_expand = add_lora_linear = _unreachable
+    update_metadata = add_shrink = add_expand = add_lora_linear = _unreachable
     add_lora_embedding = add_lora_logits = apply_lora_full_linear = _unreachable
 
 

@@ -30,6 +30,7 @@ class Touchpoint:
         how: ``subclass``, ``wrap``, ``override``, ``call`` or ``read``.
         why: what it is used for.
         parameters: parameters that must exist, in this order among the others; empty for no check.
+        uses: names that the function's own code must mention: what it reads, and what it calls that we replace.
         where: ``frontend`` names are checked in every process, ``engine`` names in the engine core, ``worker`` names
             in the workers, ``cuda`` names in workers on CUDA.
     """
@@ -40,6 +41,7 @@ class Touchpoint:
     why: str
     parameters: tuple[str, ...] = ()
     where: str = "worker"
+    uses: tuple[str, ...] = ()
 
 
 _MANAGER = "vllm.lora.model_manager"
@@ -87,6 +89,15 @@ REGISTER: tuple[Touchpoint, ...] = (
         "engine",
     ),
     Touchpoint(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.schedule",
+        "override",
+        "running requests' adapters are gathered once a step: while it admits, it only appends to the running ones",
+        ("self",),
+        "engine",
+        ("_handle_blocked_waiting_request", "running"),
+    ),
+    Touchpoint(
         "vllm.v1.core.sched.async_scheduler",
         "AsyncScheduler",
         "subclass",
@@ -114,6 +125,70 @@ REGISTER: tuple[Touchpoint, ...] = (
         "override",
         "set on the runner instance: the stock method names its manager class itself",
         ("self", "model", "vllm_config", "device"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin.set_active_loras",
+        "override",
+        "set on the runner instance: tells the manager requests, not a tuple of tokens (V1 runners)",
+        ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens", "mapping_type"),
+        uses=("make_lora_inputs", "_set_active_loras"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._prepare_inputs",
+        "read",
+        "calls set_active_loras in each step, with tokens by request in the order of the input batch",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+        uses=("set_active_loras", "input_batch"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.make_lora_inputs",
+        "read",
+        "its place is taken: the attributes that it reads say who is in a step (V1 runners)",
+        ("self", "num_scheduled_tokens"),
+        uses=("request_lora_mapping", "num_reqs", "lora_id_to_lora_request"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin._set_active_loras",
+        "override",
+        "set on the runner instance: the same for V2 runners, which call it with what make_lora_inputs returns",
+        ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type"),
+        uses=("lora_manager", "set_active_adapters"),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu.lora_utils",
+        "LoraState.make_lora_inputs",
+        "override",
+        "set on the runner's LoraState: requests, not tokens (V2 runners)",
+        ("self", "req_ids", "idx_mapping", "num_scheduled_tokens"),
+        uses=("lora_ids",),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu.lora_utils",
+        "LoraState.get_activate_loras",
+        "read",
+        "the requests' adapters are read as it reads them (V2 runners)",
+        ("self", "req_ids"),
+        uses=("lora_requests",),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.execute_model",
+        "read",
+        "hands the result of make_lora_inputs to _set_active_loras in each step (V2 runners)",
+        ("self", "scheduler_output"),
+        "cuda",
+        ("lora_state", "make_lora_inputs", "_set_active_loras"),
+    ),
+    Touchpoint(
+        "vllm.lora.request",
+        "LoRARequest",
+        "read",
+        "an id and a path say which adapter a request wants; load_inplace asks to read a plain one again",
+        ("lora_name", "lora_int_id", "lora_path", "load_inplace"),
     ),
     Touchpoint(
         _WORKER_MANAGER,
@@ -175,17 +250,33 @@ REGISTER: tuple[Touchpoint, ...] = (
     ),
     Touchpoint(
         _MANAGER,
-        "LoRAModelManager._set_adapter_mapping",
+        "LoRAModelManager.set_adapter_mapping",
         "override",
-        "rewrites adapters to their bases and adds the scaling slots",
+        "vLLM's way in for warm-up and graph capture: plans by base and scaling slot, makes nothing of vLLM's",
         ("self", "mapping"),
     ),
     Touchpoint(
         _MANAGER,
-        "LoRAModelManager.set_adapter_mapping",
+        "LoRAModelManager._deactivate_adapter",
         "override",
-        "a changed Σ slot must renew the metadata",
-        ("self", "mapping"),
+        "a plain adapter that leaves its slot makes the plan stale",
+        ("self", "lora_id"),
+        uses=("lora_index_to_id",),
+    ),
+    Touchpoint(
+        _MANAGER,
+        "LoRAModelManager.activate_adapter",
+        "read",
+        "its places in lora_index_to_id are the base slots that kernels get",
+        ("self", "lora_id"),
+        uses=("lora_index_to_id", "_active_adapters", "_registered_adapters"),
+    ),
+    Touchpoint(
+        "vllm.utils.cache",
+        "LRUCache.touch",
+        "call",
+        "plain adapters of a step that is not planned anew count as just used",
+        ("self", "key"),
     ),
     Touchpoint(
         _MANAGER,
@@ -256,8 +347,8 @@ REGISTER: tuple[Touchpoint, ...] = (
         "vllm.lora.punica_wrapper.punica_base",
         "PunicaWrapperBase.update_metadata",
         "override",
-        "a step is planned from it",
-        ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size"),
+        "must not be called: the layers that read what it makes are refused",
+        ("self", "mapping"),
     ),
     Touchpoint(
         "vllm.lora.punica_wrapper.punica_base",
@@ -322,6 +413,8 @@ def _difference(point: Touchpoint) -> str | None:
             target = getattr(target, part)
     except (ImportError, AttributeError) as error:
         return f"{point.module}.{point.name} is missing ({error})"
+    if point.uses and (missing := [name for name in point.uses if name not in _names_in(target)]):
+        return f"{point.module}.{point.name} no longer uses {', '.join(missing)}"
     if not point.parameters:
         return None
     present = list(inspect.signature(target).parameters)
@@ -329,3 +422,7 @@ def _difference(point: Touchpoint) -> str | None:
     if list(point.parameters) != wanted or sorted(wanted, key=present.index) != wanted:
         return f"{point.module}.{point.name} takes ({', '.join(present)}), not ({', '.join(point.parameters)})"
     return None
+
+
+def _names_in(function: Any) -> tuple[str, ...]:
+    return inspect.unwrap(function).__code__.co_names

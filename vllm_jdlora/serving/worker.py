@@ -9,7 +9,7 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving import touchpoints
+from vllm_jdlora.serving import step_requests, touchpoints
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -27,6 +27,7 @@ class JDWorker(PlatformWorker):
         super().init_device()
         # On the instance, so that no global of vLLM changes in this process.
         self.model_runner.load_lora_model = functools.partial(_load_lora_model, self.model_runner)
+        step_requests.take_over(self.model_runner)
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         from vllm_jdlora.serving.worker_manager import JDWorkerLoRAManager

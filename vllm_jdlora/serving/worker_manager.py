@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -10,6 +11,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.manager import JDLoRAModelManager
 from vllm_jdlora.serving.options import parse_adapter_path
+from vllm_jdlora.serving.step_requests import StepRequests
 
 
 class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
@@ -18,33 +20,44 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     _manager_cls = JDLoRAModelManager
     _adapter_manager: JDLoRAModelManager
 
-    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+    def set_active_requests(self, step: StepRequests) -> None:
+        """Activate a step's adapters and plan the step; next to nothing while the same requests go on decoding."""
+        manager = self._adapter_manager
+        if not manager.is_planned(step):
+            self._apply_adapters(step.adapters)
+            manager.plan(step)
+
+    def _apply_adapters(self, lora_requests: Collection[LoRARequest]) -> None:
         # The scheduler bounds how many adapters of each kind a batch holds; vLLM's own check counts base slots.
-        for request in lora_requests:
-            if request:
-                self.add_adapter(request)
+        others = self._adapter_manager.touch_resident(lora_requests)
+        for request in {r.lora_int_id: r for r in others}.values():
+            self.add_adapter(request)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         manager = self._adapter_manager
         lora_id = lora_request.lora_int_id
+        if manager.is_bound(lora_request):
+            manager.activate_adapter(lora_id)
+            return False
         compressed = parse_adapter_path(lora_request.lora_path)
         if compressed is not None:
-            added = self._bind(lora_id, *compressed)
+            self._bind(lora_request, *compressed)
             manager.activate_adapter(lora_id)
-            return added
-        if manager.knows(lora_id) and not lora_request.load_inplace:
+            return True
+        manager.unbind(lora_id)  # it may have been a compressed adapter's
+        if manager.is_registered(lora_id) and not lora_request.load_inplace:
             manager.activate_adapter(lora_id)
             return False
         return super().add_adapter(lora_request)
 
-    def _bind(self, lora_id: int, revision: str, name: str) -> bool:
+    def _bind(self, request: LoRARequest, revision: str, name: str) -> None:
         served = self._adapter_manager.collection.manifest.revision
         if revision != served:
             raise JDLoRAError(
                 f"adapter {name!r} is asked for from revision {revision} and this server has {served}: take the "
                 "request from the collection that the server was started with"
             )
-        return self._adapter_manager.add_compressed(lora_id, name)
+        self._adapter_manager.add_compressed(request, name)
 
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         lora = super()._load_adapter(lora_request)
