@@ -33,14 +33,16 @@ POINTS = (
     Point(_RUNNER, "GPUModelRunner.execute_model", "runner: execute model"),
     Point(_RUNNER, "GPUModelRunner._update_states", "update states"),
     Point(_RUNNER, "GPUModelRunner._prepare_inputs", "prepare inputs"),
-    Point("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.set_active_loras", "set active LoRAs"),
     Point("vllm.v1.worker.gpu_input_batch", "InputBatch.make_lora_inputs", "adapter of each token"),
     Point("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._apply_adapters", "activate adapters"),
     Point("vllm.lora.model_manager", "LoRAModelManager.set_adapter_mapping", "mapping (stock)"),
     Point("vllm_jdlora.serving.worker_manager", "JDWorkerLoRAManager._apply_adapters", "activate adapters"),
     Point("vllm_jdlora.serving.manager", "JDLoRAModelManager._set_adapter_mapping", "mapping"),
+    Point("vllm_jdlora.serving.worker_manager", "JDWorkerLoRAManager.set_active_requests", "active requests"),
+    Point("vllm_jdlora.serving.manager", "JDLoRAModelManager.plan", "plan"),
     Point("vllm_jdlora.serving.punica_cpu", "JDPunicaCPU.update_metadata", "plan: base slots"),
     Point("vllm_jdlora.serving.punica_cpu", "JDPunicaCPU.update_scaling_slots", "plan: groups"),
+    Point("vllm_jdlora.serving.punica_cpu", "JDPunicaCPU.update_tokens", "plan: groups"),
     Point(_RUNNER, "GPUModelRunner._determine_batch_execution_and_padding", "batch and padding"),
     Point(_RUNNER, "GPUModelRunner._get_slot_mappings", "slot mappings"),
     Point(_RUNNER, "GPUModelRunner._build_attention_metadata", "attention metadata"),
@@ -50,6 +52,7 @@ POINTS = (
     Point("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.do_kv_cache_update", "KV cache update"),
     Point("vllm_jdlora.serving.punica_cpu", "LayerPunicaCPU.run", "LoRA operator"),
     Point("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_linear", "LoRA operator (stock)"),
+    Point(_GROUPED, "PackedLinear.add_", "kernel"),
     Point(_GROUPED, "shrink", "shrink"),
     Point(_GROUPED, "apply_sigma", "sigma"),
     Point(_GROUPED, "expand_", "expand"),
@@ -60,6 +63,7 @@ POINTS = (
 
 STEP = "step"
 LOGITS = "logits"
+SET_ACTIVE = "set active LoRAs"
 
 
 class StepTimers:
@@ -76,6 +80,8 @@ class StepTimers:
         for runner in _runners(llm):
             # The model's class is not known here, and `model` may be wrapped.
             runner.model.compute_logits = self._timed(runner.model.compute_logits, LOGITS)
+            # On the object, where this package may have put its own.
+            runner.set_active_loras = self._timed(runner.set_active_loras, SET_ACTIVE)
         self._follow_steps(llm.llm_engine)
 
     def take(self) -> dict[str, Any]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench_engine import Engine, EngineSpec, Workload
 from bench_rows import engine_options, jd_options
-from profile_points import LOGITS, STEP
+from profile_points import LOGITS, SET_ACTIVE, STEP
 from synthetic_collections import ATTENTION, LINEAR, write_collection
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +118,7 @@ def _what_lora_costs(key: str, profile: Profile, base: Profile) -> list[str]:
     whole = profile.microseconds[STEP] - base.microseconds[STEP]
     forward = profile.at(FORWARD)[0] - base.at(FORWARD)[0]
     operator, calls = profile.at(OPERATOR)
-    active = profile.at("set active LoRAs")[0]
+    active = profile.at(SET_ACTIVE)[0]
     logits = profile.at(LOGITS)[0] - base.at(LOGITS)[0]
     lines = [
         f"({key}) {base.microseconds[STEP] / profile.microseconds[STEP]:.3f} of the base's speed; "
@@ -172,7 +174,6 @@ def main() -> None:
         engines: list[Engine] = []
         steps: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         missing: dict[str, None] = {}
-        tables: list[tuple[str, str]] = []
         try:
             for spec in specs:
                 engines.append(Engine(spec, Path(scratch) / f"{spec.key}.log"))
@@ -185,30 +186,40 @@ def main() -> None:
                         missing |= dict.fromkeys(profile["missing"])
                         if round_:
                             steps[workload.name, engine.spec.key] += _steps_of(workload, profile["steps"])
+            record = report(args, dtype, workloads, steps)
+            if missing:
+                print("not in these versions, so not timed: " + ", ".join(missing))
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1))
             for workload in workloads if args.torch_profiler else ():
+                few = replace(workload, output_tokens=min(workload.output_tokens, 8), repeat=1)
                 for engine in engines:
-                    profile = engine.run(workload, 0, torch_profiler=True).profile
+                    profile = engine.run(few, 0, torch_profiler=True).profile
                     assert profile is not None
-                    tables.append((f"{workload.name}, {engine.spec.key}", profile["table"]))
+                    print(f"\n{workload.name}, {engine.spec.key}\n{profile['table']}", flush=True)
         finally:
             for engine in engines:
                 engine.stop()
 
-    record: dict[str, Any] = {}
+
+def report(
+    args: argparse.Namespace,
+    dtype: str,
+    workloads: list[Workload],
+    steps: Mapping[tuple[str, str], list[dict[str, Any]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Print the tables of all workloads; the means behind them."""
+    record = {}
     for workload in workloads:
-        print()
-        profiles = {e.spec.key: Profile.of(steps[workload.name, e.spec.key]) for e in engines}
+        profiles = {key: Profile.of(found) for (name, key), found in steps.items() if name == workload.name}
         of_all = statistics.median(p.steps for p in profiles.values())
         title = f"{workload.name}: {_batch(workload)}, {dtype}, {args.targets}, {args.adapters} adapters in "
         title += f"{args.clusters} clusters of rank {args.rank}; mean of {of_all:.0f} steps"
+        print()
         print_profile(title, profiles)
         record[workload.name] = {key: p.microseconds for key, p in profiles.items()}
-    if missing:
-        print("not in these versions, so not timed: " + ", ".join(missing))
-    for title, table in tables:
-        print(f"\n{title}\n{table}")
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=1))
+    sys.stdout.flush()
+    return record
 
 
 def _batch(workload: Workload) -> str:
