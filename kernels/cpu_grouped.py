@@ -1,179 +1,367 @@
-"""The LoRA linear on CPU: one matrix product for each cluster in the batch, in fp32.
+"""The LoRA linear on CPU: tiles of tokens that share a cluster go through V, Σ and U without leaving the cache.
 
-Two steps, as in flashinfer: :meth:`TokenGroups.plan` looks once at who is in the batch; :func:`jd_linear_` runs
-for every layer on that plan. While the same requests decode, the plan and what it caches are reused.
+Two steps, as in flashinfer: :meth:`TokenGroups.plan` looks once at who is in the batch; :class:`PackedLinear` runs
+for every layer on that plan. One call for a layer, whatever its slices; no buffer of the batch's size; rows of the
+base model are not looked at.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_jdlora.kernels import cpu_threads
+from vllm_jdlora.kernels.cpu_tiles import TOKENS, Form, expand_tile, shrink_tile
 
-class Run(NamedTuple):
-    """Sorted tokens ``start:stop`` that share ``key``, a cluster or a scaling slot."""
+_MOST = TOKENS[-1]
+# Rows of V are padded to the sums of one token's tile, which is a vector at most.
+_ROWS = 16
+_LINE = 64
 
-    key: int
-    start: int
-    stop: int
-
-
-# Σ of every token is gathered, and multiplied in one call, up to this many numbers for a layer (1 MiB); above it, and
-# where tokens share adapters, one product for each adapter reads less. Measured at rank 16 and 64, 32 tokens.
-_GATHERED_NUMBERS = 1 << 18
-
-
-# Expand with several clusters in the batch: one product over all clusters for a slice, or one for each cluster. A call
-# costs as much as about this many multiplications that hit zeros (10 µs; two cores with AVX-512).
-_FLOPS_OF_A_CALL = 1_000_000
+# Fields of a layer's parameters and of a plan's, int64 each.
+(
+    _X, _X_STRIDE, _Y, _Y_STRIDE, _PLAN, _SCRATCH, _SCRATCH_STRIDE,
+    _V, _V_STRIDE, _V_CLUSTER, _ROWS_OF_V, _D_IN, _TURNS,
+    _SIGMA, _SIGMA_SLOT, _DIAGONAL, _RANK, _SLICES, _SLICE_TABLE,
+) = range(19)  # fmt: skip
+_FIELDS = 19
+(_TOKENS, _SLOTS, _TILE_START, _TILE_COUNT, _TILE_CLUSTER, _SPLIT) = range(6)
+# For each slice: address of its U, bytes from cluster to cluster, from turn to turn, d_out.
+_PER_SLICE = 4
 
 
 @dataclass
 class TokenGroups:
-    """The tokens of a step, sorted by cluster and then by scaling slot; tokens without an adapter are left out.
+    """The tokens of a step in tiles: up to four that share a cluster; tokens without an adapter are left out.
 
     Attributes:
         num_tokens: rows of x and y that the plan is for.
-        tokens: int64 [L], the sorted rows; ``None`` when they are all rows in their order.
-        clusters: runs of equal cluster over the L sorted tokens.
-        slots: runs of equal scaling slot over the L sorted tokens.
-        cluster_of_token: int64 [L].
-        slot_of_token: int64 [L].
+        tokens, slots: int64 [L], the rows sorted by cluster and then by scaling slot, and each one's slot.
+        tile_start, tile_count, tile_cluster: int64 [tiles]; a tile is ``tokens[start : start + count]``.
+        split: int64 [threads + 1]; thread i has the tiles ``split[i] : split[i + 1]``.
     """
 
     num_tokens: int
-    tokens: torch.Tensor | None
-    clusters: list[Run]
-    slots: list[Run]
-    cluster_of_token: torch.Tensor
-    slot_of_token: torch.Tensor
-    _gathered: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    tokens: np.ndarray
+    slots: np.ndarray
+    tile_start: np.ndarray
+    tile_count: np.ndarray
+    tile_cluster: np.ndarray
+    split: np.ndarray
+    _addresses: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = (self.tokens, self.slots, self.tile_start, self.tile_count, self.tile_cluster, self.split)
+        self._addresses = np.array([part.ctypes.data for part in parts], dtype=np.int64)
 
     @classmethod
-    def plan(cls, token_cluster: np.ndarray, token_slot: np.ndarray) -> TokenGroups:
+    def plan(cls, token_cluster: np.ndarray, token_slot: np.ndarray, threads: int | None = None) -> TokenGroups:
         """Plan for tokens with these clusters and scaling slots (integer arrays [T]; −1 means no adapter)."""
+        threads = cpu_threads.count() if threads is None else threads
         live = np.flatnonzero((token_cluster >= 0) & (token_slot >= 0))
-        order = live[np.lexsort((token_slot[live], token_cluster[live]))]
-        cluster, slot = token_cluster[order], token_slot[order]
-        in_order = len(order) == len(token_cluster) and bool(np.all(order[:-1] < order[1:]))
+        # Clusters and slots are far below 2³¹: one key sorts by both.
+        key = token_cluster[live].astype(np.int64) << 32 | token_slot[live]
+        order = np.argsort(key, kind="stable")
+        tokens = live[order]
+        cluster = token_cluster[tokens].astype(np.int64)
+        changes = np.flatnonzero(cluster[1:] != cluster[:-1]) + 1
+        starts = np.concatenate(([0], changes)) if len(tokens) else changes
+        lengths = np.diff(np.append(starts, len(tokens)))
+        tiles = -(-lengths // _MOST)
+        first = np.cumsum(tiles) - tiles
+        within = np.arange(int(tiles.sum())) - np.repeat(first, tiles)
+        tile_start = np.repeat(starts, tiles) + _MOST * within
+        tile_count = np.minimum(_MOST, np.repeat(starts + lengths, tiles) - tile_start)
         return cls(
             num_tokens=len(token_cluster),
-            tokens=None if in_order else torch.from_numpy(order.astype(np.int64)),
-            clusters=_runs(cluster),
-            slots=_runs(slot),
-            cluster_of_token=torch.from_numpy(cluster.astype(np.int64)),
-            slot_of_token=torch.from_numpy(slot.astype(np.int64)),
+            tokens=tokens.astype(np.int64),
+            slots=token_slot[tokens].astype(np.int64),
+            tile_start=tile_start.astype(np.int64),
+            tile_count=tile_count.astype(np.int64),
+            tile_cluster=np.repeat(cluster[starts], tiles),
+            split=_split(tile_count, threads),
         )
 
     @property
     def empty(self) -> bool:
-        return not self.clusters
+        return not len(self.tokens)
 
-    def gathered_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Σ of each sorted token, fp32 [L, slices, R, R] (or [L, slices, R]), kept for the steps that follow.
+    @property
+    def threads(self) -> int:
+        return len(self.split) - 1
 
-        Valid while no scaling slot is overwritten: whoever writes a slot must plan anew.
-        """
-        key = sigma.data_ptr()
-        if key not in self._gathered:
-            self._gathered[key] = sigma.index_select(0, self.slot_of_token).float()
-        return self._gathered[key]
-
-
-def _runs(keys: np.ndarray) -> list[Run]:
-    if not len(keys):
-        return []
-    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-    stops = np.append(starts[1:], len(keys))
-    return [Run(int(keys[a]), int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+    @property
+    def address(self) -> int:
+        """Of the addresses that the kernel reads; valid while this plan lives."""
+        return self._addresses.ctypes.data
 
 
-def jd_linear_(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    u: Sequence[torch.Tensor],
-    v: torch.Tensor,
-    sigma: torch.Tensor,
-    groups: TokenGroups,
-) -> None:
-    """``y[t] += U[c(t)] · (Σ[s(t)] · (V[c(t)] · x[t]))`` in place (meaning: ``reference.jd_linear``).
+def _split(tile_count: np.ndarray, threads: int) -> np.ndarray:
+    """Tiles for each thread, alike in work: reading a cluster's bases costs about as much as one token."""
+    if not len(tile_count):
+        return np.zeros(2, dtype=np.int64)
+    work = np.cumsum(np.array([0, 2, 3, 5, 5])[tile_count])
+    threads = min(threads, len(tile_count))
+    inner = np.searchsorted(work, work[-1] * np.arange(1, threads) / threads, side="left") + 1
+    return np.concatenate(([0], inner, [len(tile_count)])).astype(np.int64)
 
-    Args:
-        y: [T, sum of d_out over slices], any float dtype. Rows without an adapter are not touched.
-        x: [T, d_in].
-        u: for each slice fp32 [d_out, C, R] (contiguous), so that a cluster's U and the U of all clusters side by
-            side are both one matrix.
-        v: fp32 [C, slices · R, d_in], the slices of a cluster one below the other, so that q, k and v (which see
-            the same x) cost one product.
-        sigma: [slots, slices, R, R] or, for JD-Diag, [slots, slices, R].
-        groups: the step's plan for T tokens.
+
+class PackedLinear:
+    """The bases of one linear module (its slices packed: q, k, v) as the kernel reads them.
+
+    Attributes:
+        v: the form's dtype [C, rows, d_in padded], the slices of a cluster one below the other: q, k and v see the
+            same x. `v_of` gives views by slice, to write through.
+        sigma: fp32 [slots, slices, R, R] or, for JD-Diag, [slots, slices, R]; read where it is.
     """
-    if groups.empty:
-        return
-    tokens = groups.tokens
-    rows = x if tokens is None else x.index_select(0, tokens)
-    scaled = apply_sigma(shrink(rows.float(), v, groups), sigma, groups)
-    if tokens is None and y.dtype == torch.float32:
-        expand_(y, scaled, u, groups)
-        return
-    # One rounding to the output's dtype, after the fp32 sum.
-    out = (y if tokens is None else y.index_select(0, tokens)).float()
-    expand_(out, scaled, u, groups)
-    if tokens is None:
-        y.copy_(out)
-    else:
-        y.index_copy_(0, tokens, out.to(y.dtype))
 
-
-def shrink(rows: torch.Tensor, v: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
-    """``V[c] · x`` for sorted tokens: rows fp32 [L, d_in] → fp32 [L, slices · R]."""
-    if len(groups.clusters) == 1:
-        return torch.mm(rows, v[groups.clusters[0].key].t())
-    hidden = rows.new_empty(rows.shape[0], v.shape[1])
-    for cluster, start, stop in groups.clusters:
-        torch.mm(rows[start:stop], v[cluster].t(), out=hidden[start:stop])
-    return hidden
-
-
-def apply_sigma(hidden: torch.Tensor, sigma: torch.Tensor, groups: TokenGroups) -> torch.Tensor:
-    """``Σ[s] · h`` for sorted tokens: fp32 [L, slices · R] → fp32 [L, slices, R]."""
-    slices, rank = sigma.shape[1], sigma.shape[2]
-    h = hidden.view(-1, slices, rank)
-    if sigma.ndim == 3:
-        return h * groups.gathered_sigma(sigma)
-    if h.shape[0] == len(groups.slots) or h.numel() * rank <= _GATHERED_NUMBERS:
-        gathered = groups.gathered_sigma(sigma)
-        return torch.bmm(gathered.view(-1, rank, rank), h.reshape(-1, rank, 1)).view(-1, slices, rank)
-    out = torch.empty_like(h)
-    for slot, start, stop in groups.slots:
-        # [slices, l, R] x [slices, R, R]ᵀ
-        torch.bmm(
-            h[start:stop].transpose(0, 1),
-            sigma[slot].float().transpose(1, 2),
-            out=out[start:stop].transpose(0, 1),
+    def __init__(self, widths: Sequence[int], d_in: int, rank: int, clusters: int, form: Form, sigma: torch.Tensor):
+        """Room for C clusters of bases of rank R (even). widths: d_out of each slice."""
+        if rank % 2:
+            raise ValueError(f"the CPU kernel takes even ranks, not {rank}: pad with zeros")
+        if sigma.dtype != torch.float32 or not sigma[0].is_contiguous():
+            raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous")
+        self.form, self.rank, self.widths, self.sigma = form, rank, tuple(widths), sigma
+        rows = -(-len(widths) * rank // _ROWS) * _ROWS
+        padded = -(-d_in // form.step) * form.step
+        self._d_in = d_in
+        self.v = torch.zeros(clusters, rows, padded, dtype=form.stored)
+        shape = (rank // 2, 2) if form.pairs else (rank, 1)
+        self._u = [torch.zeros(clusters, shape[0], width, shape[1], dtype=form.stored) for width in widths]
+        self._parameters = np.zeros(_FIELDS, dtype=np.int64)
+        self._slices = np.array(
+            [
+                (u.data_ptr(), u.stride(0) * u.element_size(), u.stride(1) * u.element_size(), width)
+                for u, width in zip(self._u, widths, strict=True)
+            ],
+            dtype=np.int64,
         )
-    return out
+        self._fill_in()
+        self._data = self._parameters.ctypes.data
+        self._function = _kernel(form)
+
+    def v_of(self, index: int) -> torch.Tensor:
+        """V of a slice, a view [C, R, d_in]."""
+        return self.v[:, index * self.rank : (index + 1) * self.rank, : self._d_in]
+
+    def write_u(self, cluster: int, index: int, u: torch.Tensor) -> None:
+        """Lay U [d_out, R] of one cluster and slice down."""
+        rows = self._u[index].shape[1]
+        self._u[index][cluster] = u.to(self.form.stored).T.reshape(rows, -1, u.shape[0]).transpose(1, 2)
+
+    def add_(self, y: torch.Tensor, x: torch.Tensor, groups: TokenGroups) -> None:
+        """``y[t] += U[c(t)] · (Σ[s(t)] · (V[c(t)] · x[t]))`` in place (meaning: ``reference.jd_linear``).
+
+        y: [T, sum of d_out over slices], x: [T, d_in], both of the form's dtype with contiguous rows. Rows without an
+        adapter are not touched. Sums are fp32, y is rounded once.
+        """
+        if groups.empty:
+            return
+        if y.dtype != self.form.stored or x.dtype != self.form.stored:
+            raise ValueError(f"x and y must be {self.form.stored}, as the bases are, not {x.dtype} and {y.dtype}")
+        width = y.element_size()
+        parameters = self._parameters
+        parameters[_X], parameters[_X_STRIDE] = x.data_ptr(), x.stride(0) * width
+        parameters[_Y], parameters[_Y_STRIDE] = y.data_ptr(), y.stride(0) * width
+        parameters[_PLAN] = groups.address
+        threads = groups.threads
+        scratch = _scratch(self._scratch_bytes * threads)
+        parameters[_SCRATCH] = scratch
+        cpu_threads.on_all(self._function, self._data, threads)
+
+    def _fill_in(self) -> None:
+        v, sigma, fields = self.v, self.sigma, self._parameters
+        width = v.element_size()
+        padded = v.shape[2]
+        rows_of_h = v.shape[1]
+        # Addresses of rows (x, y), x in the form that shrink takes, h, g, and a row of y for tokens that are not there.
+        x_bytes = padded * (2 if self.form.pairs else 4)
+        parts = (16 * _MOST, _MOST * x_bytes, _MOST * rows_of_h * 4, _MOST * rows_of_h * 4, sum(self.widths) * width)
+        self._scratch_bytes = sum(-(-part // _LINE) * _LINE for part in parts)
+        fields[_SCRATCH_STRIDE] = self._scratch_bytes
+        fields[_V], fields[_V_STRIDE], fields[_V_CLUSTER] = v.data_ptr(), v.stride(1) * width, v.stride(0) * width
+        fields[_ROWS_OF_V], fields[_D_IN], fields[_TURNS] = rows_of_h, self._d_in, padded // self.form.step
+        fields[_SIGMA], fields[_SIGMA_SLOT] = sigma.data_ptr(), sigma.stride(0) * 4
+        fields[_DIAGONAL], fields[_RANK], fields[_SLICES] = sigma.ndim == 3, self.rank, len(self.widths)
+        fields[_SLICE_TABLE] = self._slices.ctypes.data
 
 
-def expand_(out: torch.Tensor, scaled: torch.Tensor, u: Sequence[torch.Tensor], groups: TokenGroups) -> None:
-    """``out += U[c] · g`` for sorted tokens: out fp32 [L, sum of d_out], scaled fp32 [L, slices, R]."""
-    clusters, rank = u[0].shape[1:]
-    active = len(groups.clusters)
-    zeros_too = 2 * clusters * rank * out.numel() <= (active - 1) * len(u) * _FLOPS_OF_A_CALL
-    if zeros_too:
-        placed = scaled.new_zeros(scaled.shape[1], scaled.shape[0], clusters, rank)
-        rows = torch.arange(scaled.shape[0])
-        placed[:, rows, groups.cluster_of_token] = scaled.transpose(0, 1)
-    column = 0
-    for i, u_slice in enumerate(u):
-        columns = out[:, column : column + u_slice.shape[0]]
-        if zeros_too:
-            columns.addmm_(placed[i].flatten(1), u_slice.flatten(1).t())
-        else:
-            for cluster, start, stop in groups.clusters:
-                columns[start:stop].addmm_(scaled[start:stop, i], u_slice[:, cluster].t())
-        column += u_slice.shape[0]
+_held: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)]
+
+
+def _scratch(size: int) -> int:
+    """Address of so many bytes that all layers share; layers run one after the other."""
+    if _held[0].numel() < size + _LINE:
+        _held[0] = torch.empty(size + _LINE, dtype=torch.uint8)
+    return -(-_held[0].data_ptr() // _LINE) * _LINE
+
+
+@lru_cache
+def _kernel(form: Form) -> int:
+    """Address of the compiled ``void(int64 *parameters)`` that a thread runs; about two seconds at the first call."""
+    import numba
+
+    from vllm_jdlora.kernels.cpu_numbers import address_as_pointer, bits_of, narrowed, widened
+
+    carray, int64, float32 = numba.carray, np.int64, np.float32
+    shrink1, shrink2, shrink4 = (shrink_tile(form, tokens) for tokens in TOKENS)
+    vectors, lanes = form.vectors, form.lanes
+    wide1, wide2, wide4 = (expand_tile(form, tokens, vectors) for tokens in TOKENS)
+    slim1, slim2, slim4 = (expand_tile(form, tokens, 1) for tokens in TOKENS)
+    rows1, rows2, rows4 = (form.rows(tokens) for tokens in TOKENS)
+    pairs, half = form.pairs, form.stored == torch.bfloat16
+    width = 2 if half else 4
+    x_width = 2 if pairs else 4
+    step = form.step
+    thread_number = cpu_threads.thread_number()
+    jit = numba.njit(error_model="numpy", fastmath=True, inline="always")
+
+    @jit
+    def line(size: int) -> int:
+        return (size + 63) // 64 * 64
+
+    @jit
+    def read(address: int, index: int) -> Any:
+        """A number of x, y, U as fp32."""
+        if half:
+            return widened(carray(address_as_pointer(address), 1 << 30, np.uint16)[index])
+        return carray(address_as_pointer(address), 1 << 30, float32)[index]
+
+    @numba.cfunc(numba.types.void(numba.types.voidptr), error_model="numpy", fastmath=True)
+    def run(data: Any) -> None:
+        p = carray(data, _FIELDS, int64)
+        plan = carray(address_as_pointer(p[_PLAN]), 6, int64)
+        big = 1 << 40
+        tokens = carray(address_as_pointer(plan[_TOKENS]), big, int64)
+        slots = carray(address_as_pointer(plan[_SLOTS]), big, int64)
+        tile_start = carray(address_as_pointer(plan[_TILE_START]), big, int64)
+        tile_count = carray(address_as_pointer(plan[_TILE_COUNT]), big, int64)
+        tile_cluster = carray(address_as_pointer(plan[_TILE_CLUSTER]), big, int64)
+        split = carray(address_as_pointer(plan[_SPLIT]), big, int64)
+        thread = int64(thread_number())
+        rows, rank, slices, d_in, turns = p[_ROWS_OF_V], p[_RANK], p[_SLICES], p[_D_IN], p[_TURNS]
+        padded = turns * step
+        # This thread's scratch.
+        at_rows = p[_SCRATCH] + thread * p[_SCRATCH_STRIDE]
+        at_x = at_rows + line(16 * 4)
+        at_h = at_x + line(4 * padded * x_width)
+        at_g = at_h + line(4 * rows * 4)
+        at_y = at_g + line(4 * rows * 4)
+        x_rows = carray(address_as_pointer(at_rows), 4, int64)
+        y_rows = carray(address_as_pointer(at_rows + 32), 4, int64)
+        h = carray(address_as_pointer(at_h), (4, rows), float32)
+        g = carray(address_as_pointer(at_g), (4, rows), float32)
+        g_pairs = carray(address_as_pointer(at_g), (4, 2 * rows), np.uint16)
+        copied = (not pairs and half) or padded != d_in
+        g_stride = rows * 4
+
+        for tile in range(split[thread], split[thread + 1]):
+            start, count = tile_start[tile], tile_count[tile]
+            size = 1 if count == 1 else (2 if count == 2 else 4)
+            for i in range(size):
+                token = tokens[start + min(i, count - 1)]
+                x_rows[i] = p[_X] + token * p[_X_STRIDE]
+                y_rows[i] = p[_Y] + token * p[_Y_STRIDE] if i < count else at_y
+            if copied:
+                for i in range(size):
+                    if pairs:
+                        narrow_x = carray(address_as_pointer(x_rows[i]), d_in, np.uint16)
+                        own = carray(address_as_pointer(at_x + i * padded * 2), padded, np.uint16)
+                        for d in range(d_in):
+                            own[d] = narrow_x[d]
+                        for d in range(d_in, padded):
+                            own[d] = 0
+                    else:
+                        wide = carray(address_as_pointer(at_x + i * padded * 4), padded, float32)
+                        for d in range(d_in):
+                            wide[d] = read(x_rows[i], d)
+                        for d in range(d_in, padded):
+                            wide[d] = 0
+                    x_rows[i] = at_x + i * padded * x_width
+
+            v = p[_V] + tile_cluster[tile] * p[_V_CLUSTER]
+            if size == 1:
+                for j in range(0, rows, rows1):
+                    shrink1(at_rows, v + j * p[_V_STRIDE], p[_V_STRIDE], turns, at_h + j * 4, g_stride)
+            elif size == 2:
+                for j in range(0, rows, rows2):
+                    shrink2(at_rows, v + j * p[_V_STRIDE], p[_V_STRIDE], turns, at_h + j * 4, g_stride)
+            else:
+                for j in range(0, rows, rows4):
+                    shrink4(at_rows, v + j * p[_V_STRIDE], p[_V_STRIDE], turns, at_h + j * 4, g_stride)
+
+            for i in range(count):
+                sigma = p[_SIGMA] + slots[start + i] * p[_SIGMA_SLOT]
+                if p[_DIAGONAL]:
+                    d1 = carray(address_as_pointer(sigma), slices * rank, float32)
+                    for r in range(slices * rank):
+                        scaled = d1[r] * h[i, r]
+                        if pairs:
+                            g_pairs[i, r] = narrowed(scaled)
+                        else:
+                            g[i, r] = scaled
+                else:
+                    d2 = carray(address_as_pointer(sigma), (slices * rank, rank), float32)
+                    for r in range(slices * rank):
+                        first = r // rank * rank
+                        total = float32(0)
+                        for q in range(rank):
+                            total += d2[r, q] * h[i, first + q]
+                        if pairs:
+                            g_pairs[i, r] = narrowed(total)
+                        else:
+                            g[i, r] = total
+
+            table = carray(address_as_pointer(p[_SLICE_TABLE]), (slices, _PER_SLICE), int64)
+            column = int64(0)
+            depth = rank // 2 if pairs else rank
+            for s in range(slices):
+                u = table[s, 0] + tile_cluster[tile] * table[s, 1]
+                u_stride, d_out = table[s, 2], table[s, 3]
+                u_width = 4 if pairs else width
+                at_g_slice = at_g + s * rank * (2 if pairs else 4)
+                o = int64(0)
+                while o + vectors * lanes <= d_out:
+                    at, to = u + o * u_width, (column + o) * width
+                    if size == 1:
+                        wide1(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                    elif size == 2:
+                        wide2(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                    else:
+                        wide4(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                    o += vectors * lanes
+                while o + lanes <= d_out:
+                    at, to = u + o * u_width, (column + o) * width
+                    if size == 1:
+                        slim1(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                    elif size == 2:
+                        slim2(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                    else:
+                        slim4(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                    o += lanes
+                while o < d_out:
+                    for i in range(count):
+                        total = read(y_rows[i], column + o)
+                        for r in range(rank):
+                            if pairs:
+                                total += widened(g_pairs[i, s * rank + r]) * read(u + r // 2 * u_stride, 2 * o + r % 2)
+                            else:
+                                total += g[i, s * rank + r] * read(u + r * u_stride, o)
+                        if half:
+                            carray(address_as_pointer(y_rows[i]), 1 << 30, np.uint16)[column + o] = narrowed(total)
+                        else:
+                            carray(address_as_pointer(y_rows[i]), 1 << 30, float32)[column + o] = total
+                    o += 1
+                column += d_out
+
+    _kept.append((run, bits_of, ctypes))
+    return run.address
+
+
+_kept: list[Any] = []

@@ -1,13 +1,27 @@
-"""The CPU kernel means what the fp32 loops of ``reference.py`` mean, whoever is in the batch."""
+"""The CPU kernel means what the fp32 loops of ``reference.py`` mean, whoever is in the batch, in each of its forms."""
 
+import llvmlite.binding
 import numpy as np
 import pytest
 import torch
 
-from vllm_jdlora.kernels import cpu_grouped, reference
-from vllm_jdlora.kernels.cpu_grouped import TokenGroups, jd_linear_
+from vllm_jdlora.kernels import cpu_threads, reference
+from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
+from vllm_jdlora.kernels.cpu_tiles import Form
 
-WIDTHS, D_IN, CLUSTERS, SLOTS = (48, 16, 24), 40, 5, 7
+WIDTHS, D_IN, CLUSTERS, SLOTS = (72, 16, 24), 40, 5, 7
+
+FEATURES = llvmlite.binding.get_host_cpu_features()
+FORMS = {
+    "bf16 pairs": Form(torch.bfloat16, True, 16),
+    "bf16 widened, 16 lanes": Form(torch.bfloat16, False, 16),
+    "bf16 widened, 8 lanes": Form(torch.bfloat16, False, 8),
+    "fp32, 16 lanes": Form(torch.float32, False, 16),
+    "fp32, 8 lanes": Form(torch.float32, False, 8),
+}
+if not FEATURES.get("avx512bf16"):
+    del FORMS["bf16 pairs"]
+FP32 = FORMS["fp32, 8 lanes"]
 
 
 def popularity(kind: str, tokens: int, rng: np.random.Generator) -> np.ndarray:
@@ -23,87 +37,159 @@ def popularity(kind: str, tokens: int, rng: np.random.Generator) -> np.ndarray:
     return np.full(tokens, -1)
 
 
-def problem(tokens: int, rank: int, dtype: torch.dtype, diagonal: bool = False):
-    g = torch.Generator().manual_seed(tokens * 1000 + rank)
+class Problem:
+    """A linear module with bases and Σ as stored in a form, and its reference."""
 
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=g)
+    def __init__(self, tokens: int, rank: int, form: Form, diagonal: bool = False, widths=WIDTHS, d_in=D_IN):
+        g = torch.Generator().manual_seed(tokens * 1000 + rank)
 
-    u = [rand(CLUSTERS, w, rank) / rank for w in WIDTHS]
-    v = [rand(CLUSTERS, rank, D_IN) / D_IN**0.5 for _ in WIDTHS]
-    sigma = rand(SLOTS, len(WIDTHS), rank) if diagonal else rand(SLOTS, len(WIDTHS), rank, rank)
-    return rand(tokens, sum(WIDTHS)).to(dtype), rand(tokens, D_IN).to(dtype), u, v, sigma
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=g)
+
+        stored = form.stored
+        self.u = [(rand(CLUSTERS, w, rank) / rank).to(stored) for w in widths]
+        self.v = [(rand(CLUSTERS, rank, d_in) / d_in**0.5).to(stored) for _ in widths]
+        self.sigma = rand(SLOTS, len(widths), rank) if diagonal else rand(SLOTS, len(widths), rank, rank)
+        self.y, self.x = rand(tokens, sum(widths)).to(stored), rand(tokens, d_in).to(stored)
+        self.linear = PackedLinear(widths, d_in, rank, CLUSTERS, form, self.sigma)
+        for i, (u, v) in enumerate(zip(self.u, self.v, strict=True)):
+            self.linear.v_of(i).copy_(v)
+            for cluster in range(CLUSTERS):
+                self.linear.write_u(cluster, i, u[cluster])
+        self.form = form
+
+    def check(self, clusters: np.ndarray, slots: np.ndarray, threads: int | None = None) -> torch.Tensor:
+        who = clusters.tolist(), slots.tolist()
+        expected = reference.jd_linear(self.y, self.x, self.u, self.v, self.sigma, *who)
+        out = self.run(clusters, slots, threads)
+        # Sums of up to 64 products in another order.
+        rtol, atol = 1e-4, 1e-4
+        if self.form.stored == torch.bfloat16:
+            rtol = 2**-8  # y is rounded to 8 bits
+        if self.form.pairs:
+            atol = 2**-8 * float((expected - self.y).abs().max())  # so is Σ h, before U
+        torch.testing.assert_close(out.float(), expected, rtol=rtol, atol=atol)
+        base = torch.from_numpy((clusters < 0) | (slots < 0))
+        assert torch.equal(out[base], self.y[base])
+        return out
+
+    def run(self, clusters: np.ndarray, slots: np.ndarray, threads: int | None = None) -> torch.Tensor:
+        out = self.y.clone()
+        self.linear.add_(out, self.x, TokenGroups.plan(clusters, slots, threads))
+        return out
 
 
-def laid_out(u: list[torch.Tensor], v: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Bases of the reference in the kernel's layout."""
-    return [x.transpose(0, 1).contiguous() for x in u], torch.cat(v, dim=1)
+def of_slots(slots: np.ndarray) -> np.ndarray:
+    return np.where(slots < 0, -1, slots % CLUSTERS)
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("kind", ["identical", "distinct", "uniform", "skewed", "base"])
 @pytest.mark.parametrize("rank", [8, 16, 32, 64])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16, 33, 133, 512])
-def test_mixed_batches_equal_the_reference(tokens, rank, kind):
-    y, x, u, v, sigma = problem(tokens, rank, torch.float32)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16, 33, 133])
+def test_mixed_batches_equal_the_reference(tokens, rank, kind, form):
     slots = popularity(kind, tokens, np.random.default_rng(tokens))
-    clusters = np.where(slots < 0, -1, slots % CLUSTERS)
-    expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
-    out = y.clone()
-    jd_linear_(out, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
-    # fp32 sums of up to 64 products in another order
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    base = torch.from_numpy(slots < 0)
-    assert torch.equal(out[base], y[base])
+    Problem(tokens, rank, form).check(of_slots(slots), slots)
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_long_prompt_beside_others_equals_the_reference(form):
+    slots = np.concatenate([np.full(400, 2), np.full(57, -1), np.full(55, 6)])
+    Problem(512, 16, form).check(of_slots(slots), slots)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("kind", ["distinct", "uniform"])
-def test_diagonal_scalings_equal_the_reference(kind):
-    y, x, u, v, sigma = problem(33, 16, torch.float32, diagonal=True)
+def test_diagonal_scalings_equal_the_reference(kind, form):
     slots = popularity(kind, 33, np.random.default_rng(1))
-    clusters = np.where(slots < 0, -1, slots % CLUSTERS)
-    expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
-    jd_linear_(y, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    Problem(33, 16, form, diagonal=True).check(of_slots(slots), slots)
 
 
-@pytest.mark.parametrize("tokens", [4, 33])
-def test_bf16_output_is_rounded_once(tokens):
-    y, x, u, v, sigma = problem(tokens, 16, torch.bfloat16)
-    slots = popularity("uniform", tokens, np.random.default_rng(0))
-    clusters = np.where(slots < 0, -1, slots % CLUSTERS)
-    expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
-    before = y.clone()
-    jd_linear_(y, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
-    # half a unit in the last place of bf16, and the fp32 sums' own error near a tie
-    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=1e-5)
-    base = torch.from_numpy(slots < 0)
-    assert torch.equal(y[base], before[base])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("widths", "d_in"), [((1,), 1), ((7, 133), 33), ((64,), 32), ((129, 15, 64), 100)])
+def test_odd_sizes_equal_the_reference(widths, d_in, form):
+    slots = popularity("uniform", 21, np.random.default_rng(5))
+    Problem(21, 8, form, widths=widths, d_in=d_in).check(of_slots(slots), slots)
 
 
-@pytest.mark.parametrize("all_clusters_at_once", [True, False])
-def test_both_forms_of_expand_equal_the_reference(monkeypatch, all_clusters_at_once):
-    monkeypatch.setattr(cpu_grouped, "_FLOPS_OF_A_CALL", 10**12 if all_clusters_at_once else 0)
-    y, x, u, v, sigma = problem(33, 16, torch.float32)
-    slots = popularity("uniform", 33, np.random.default_rng(3))
-    clusters = np.where(slots < 0, -1, slots % CLUSTERS)
-    expected = reference.jd_linear(y, x, u, v, sigma, clusters.tolist(), slots.tolist())
-    jd_linear_(y, x, *laid_out(u, v), sigma, TokenGroups.plan(clusters, slots))
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_rows_may_lie_apart_in_memory(form):
+    problem = Problem(9, 16, form)
+    slots = np.arange(9) % SLOTS
+    expected = problem.run(of_slots(slots), slots)
+    wide_y, wide_x = torch.zeros(9, 200, dtype=form.stored), torch.zeros(9, 300, dtype=form.stored)
+    y, x = wide_y[:, 20 : 20 + sum(WIDTHS)], wide_x[:, 11 : 11 + D_IN]
+    y.copy_(problem.y), x.copy_(problem.x)
+    problem.linear.add_(y, x, TokenGroups.plan(of_slots(slots), slots))
+    assert torch.equal(y, expected)
+    assert not wide_y[:, :20].any() and not wide_y[:, 20 + sum(WIDTHS) :].any()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_token_alone_and_in_a_crowd_gets_the_same_bits(form):
+    problem = Problem(16, 16, form)
+    slots = np.arange(16) % SLOTS
+    crowd = problem.run(of_slots(slots), slots)
+    for t in range(16):
+        alone = np.full(16, -1)
+        alone[t] = slots[t]
+        assert torch.equal(problem.run(of_slots(alone), alone)[t], crowd[t])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_share_the_tokens_without_changing_a_bit(threads):
+    problem = Problem(133, 16, FP32)
+    slots = popularity("uniform", 133, np.random.default_rng(0))
+    one = problem.check(of_slots(slots), slots, threads=1)
+    assert torch.equal(problem.check(of_slots(slots), slots, threads=threads), one)
+
+
+def test_a_plan_gives_every_token_of_an_adapter_to_one_tile_and_thread():
+    rng = np.random.default_rng(2)
+    slots = rng.integers(-1, SLOTS, 200)
+    clusters = of_slots(slots)
+    plan = TokenGroups.plan(clusters, slots, threads=3)
+    seen = []
+    for start, count, cluster in zip(plan.tile_start, plan.tile_count, plan.tile_cluster, strict=True):
+        members = plan.tokens[start : start + count]
+        assert 1 <= count <= 4 and set(clusters[members]) == {cluster}
+        assert plan.slots[start : start + count].tolist() == slots[members].tolist()
+        seen += members.tolist()
+    assert sorted(seen) == np.flatnonzero(slots >= 0).tolist()
+    assert plan.split[0] == 0 and plan.split[-1] == len(plan.tile_start) and (np.diff(plan.split) > 0).all()
+    tokens_of = [plan.tile_count[a:b].sum() for a, b in zip(plan.split, plan.split[1:], strict=False)]
+    assert max(tokens_of) < 1.5 * min(tokens_of)
 
 
 def test_a_plan_of_base_tokens_does_no_work():
-    groups = TokenGroups.plan(np.full(4, -1), np.full(4, -1))
-    assert groups.empty and groups.num_tokens == 4
+    plan = TokenGroups.plan(np.full(4, -1), np.full(4, -1))
+    assert plan.empty and plan.num_tokens == 4
 
 
-def test_a_token_alone_and_in_a_crowd_gets_the_same_adapter():
-    y, x, u, v, sigma = problem(16, 16, torch.float32)
-    slots = np.arange(16) % SLOTS
-    clusters = slots % CLUSTERS
-    bases = laid_out(u, v)
-    crowd = y.clone()
-    jd_linear_(crowd, x, *bases, sigma, TokenGroups.plan(clusters, slots))
-    for t in range(16):
-        alone = y[t : t + 1].clone()
-        jd_linear_(alone, x[t : t + 1], *bases, sigma, TokenGroups.plan(clusters[t : t + 1], slots[t : t + 1]))
-        torch.testing.assert_close(alone[0], crowd[t], rtol=1e-5, atol=1e-5)
+def test_an_overwritten_scaling_slot_and_basis_count_at_the_next_call():
+    problem = Problem(3, 16, FP32)
+    slots = np.array([0, 1, 2])
+    problem.check(of_slots(slots), slots)
+    problem.sigma[1] *= -2
+    problem.u[0][2] += 1
+    problem.linear.write_u(2, 0, problem.u[0][2])
+    problem.check(of_slots(slots), slots)
+
+
+def test_torchs_own_threads_are_used():
+    assert cpu_threads.count() == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"rank": 7}, "even ranks"), ({"sigma": torch.zeros(2, 1, 8, 8).double()}, "fp32")]
+)
+def test_what_the_kernel_cannot_read_is_refused(change, words):
+    arguments = {"widths": [8], "d_in": 8, "rank": 8, "clusters": 1, "form": FP32, "sigma": torch.zeros(2, 1, 8, 8)}
+    with pytest.raises(ValueError, match=words):
+        PackedLinear(**{**arguments, **change})
+
+
+def test_another_dtype_than_that_of_the_bases_is_refused():
+    problem = Problem(3, 8, FP32)
+    with pytest.raises(ValueError, match="bfloat16"):
+        problem.linear.add_(problem.y.bfloat16(), problem.x, TokenGroups.plan(*np.zeros((2, 3), dtype=np.int64)))

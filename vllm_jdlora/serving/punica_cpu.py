@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
-from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
-from vllm_jdlora.kernels.cpu_grouped import TokenGroups, jd_linear_
+from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
+from vllm_jdlora.kernels.cpu_tiles import Form
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
 
@@ -28,25 +29,13 @@ class JDPunicaCPU(PunicaWrapperBase):
         max_batches: int,
         device: torch.device | str,
         forward_context_layers: dict[str, Any],
+        dtype: torch.dtype,
     ):
+        """dtype: of the model. Bases are kept in it, and in fp32 for a model in fp16, which the kernel has not."""
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._forward_context_layers = forward_context_layers
-        self._token_base = _NO_TOKENS
+        self._form = Form.here(torch.float32 if dtype == torch.float16 else dtype)
         self.groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
-
-    def update_metadata(
-        self,
-        mapping: LoRAMapping,
-        lora_index_to_id: list[int | None],
-        max_loras: int,
-        vocab_size: int,
-        **kwargs: Any,
-    ) -> None:
-        """Base slot of each token. The stock tensors (for embeddings, logits) have no reader here."""
-        self._token_base = _slots_of(np.asarray(mapping.index_mapping, dtype=np.int64), lora_index_to_id)
-
-    def update_scaling_slots(self, token_slots: np.ndarray) -> None:
-        self.update_tokens(self._token_base, token_slots)
 
     def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
         """Plan the step: base slot and scaling slot of each token, int64 [T] each; −1 for none."""
@@ -54,9 +43,12 @@ class JDPunicaCPU(PunicaWrapperBase):
 
     def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
         """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
-        wrapper = LayerPunicaCPU(self, f"{name}.jdlora", layer, sigma)
+        wrapper = LayerPunicaCPU(self, f"{name}.jdlora", layer, sigma, self._form)
         self._forward_context_layers[wrapper.name] = wrapper
         return wrapper
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("steps are planned by update_tokens")
 
     def _unreachable(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("this LoRA layer should have been refused at start-up: only linear layers are served on CPU")
@@ -66,19 +58,17 @@ class JDPunicaCPU(PunicaWrapperBase):
 
 
 class LayerPunicaCPU:
-    """The wrapper that one layer sees; it owns the layer's V, laid out so that shrink is one product for all slices.
+    """The wrapper that one layer sees; it owns the layer's bases, laid out as the kernel reads them.
 
     The layer reaches the kernel through an operator that torch.compile does not look into, so that vLLM can compile
     the model around it. The operator finds the layer by name in vLLM's forward context, as attention does: compiled
     code that vLLM caches on disk is then right for any engine.
     """
 
-    def __init__(self, shared: JDPunicaCPU, name: str, layer: Any, sigma: torch.Tensor):
+    def __init__(self, shared: JDPunicaCPU, name: str, layer: Any, sigma: torch.Tensor, form: Form):
         self._shared = shared
         self.name = name
-        self._sigma = sigma
-        self._v = _fuse_slices(layer)
-        self._u = _lay_bases_side_by_side(layer)
+        self._packed = _take_over(layer, sigma, form)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared, name)
@@ -102,33 +92,37 @@ class LayerPunicaCPU:
             return
         if x.shape[0] != groups.num_tokens:
             raise RuntimeError(f"the LoRA plan is for {groups.num_tokens} tokens and the layer got {x.shape[0]}")
-        jd_linear_(y, x, self._u, self._v, self._sigma, groups)
+        if y.dtype == self._packed.form.stored:
+            self._packed.add_(y, x, groups)
+        else:
+            wide = y.float()
+            self._packed.add_(wide, x.float(), groups)
+            y.copy_(wide)
 
 
-def _fuse_slices(layer: Any) -> torch.Tensor:
-    """V of all slices in one tensor [bases, slices · R, d_in]; vLLM goes on writing through views of it."""
-    stacked = layer.lora_a_stacked
-    bases, _, rank, d_in = stacked[0].shape
-    fused = stacked[0].new_zeros(bases, len(stacked) * rank, d_in)
-    layer.lora_a_stacked = tuple(fused[:, None, i * rank : (i + 1) * rank] for i in range(len(stacked)))
-    for view, old in zip(layer.lora_a_stacked, stacked, strict=True):
-        view.copy_(old)
-    return fused
+def _take_over(layer: Any, sigma: torch.Tensor, form: Form) -> PackedLinear:
+    """The layer's bases in the kernel's layout; vLLM goes on writing them slot by slot through `set_lora`.
 
+    V is written through views. U's layout is no view of [d_out, R]: vLLM writes one slot into a stage that stands for
+    all of them, and it is laid down from there.
+    """
+    old_a, old_b = layer.lora_a_stacked, layer.lora_b_stacked
+    slots, _, rank, d_in = old_a[0].shape
+    packed = PackedLinear([b.shape[2] for b in old_b], d_in, rank, slots, form, sigma)
+    stage = [torch.zeros(b.shape[2], rank) for b in old_b]
+    layer.lora_a_stacked = tuple(packed.v_of(i)[:, None] for i in range(len(old_a)))
+    layer.lora_b_stacked = tuple(u.expand(slots, 1, *u.shape) for u in stage)
 
-def _lay_bases_side_by_side(layer: Any) -> list[torch.Tensor]:
-    """U of each slice as [d_out, bases, R]; vLLM goes on writing through views of it."""
-    stacked = layer.lora_b_stacked
-    laid = [u[:, 0].transpose(0, 1).contiguous() for u in stacked]
-    layer.lora_b_stacked = tuple(u.transpose(0, 1)[:, None] for u in laid)
-    return laid
+    def laying_down(write: Callable[..., None]) -> Callable[..., None]:
+        def written(index: int, *args: Any, **kwargs: Any) -> None:
+            write(index, *args, **kwargs)
+            for i, u in enumerate(stage):
+                packed.write_u(index, i, u)
 
+        return written
 
-def _slots_of(lora_ids: np.ndarray, lora_index_to_id: list[int | None]) -> np.ndarray:
-    """Base slot of each LoRA id, −1 for the base model (id 0)."""
-    unique, inverse = np.unique(lora_ids, return_inverse=True)
-    index_of = {lora_id: index for index, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
-    return np.array([index_of[int(i)] if i > 0 else -1 for i in unique], dtype=np.int64)[inverse]
+    layer.set_lora, layer.reset_lora = laying_down(layer.set_lora), laying_down(layer.reset_lora)
+    return packed
 
 
 _library = torch.library.Library("vllm_jdlora", "FRAGMENT")
