@@ -117,9 +117,19 @@ def test_scalings_stay_where_nothing_is_gained(parts):
 
 def test_adapters_that_are_close_enough_are_left_alone(parts):
     model, original, bases, sigma, examples = parts
-    found = Distiller(model).distil(original, bases, sigma, examples, replace(SETTINGS, enough=1e3))
-    assert found.after == found.before > 0
+    few = replace(SETTINGS, examples=16, validation=8)
+    before = Distiller(model).distil(original, bases, sigma, examples, few).before
+    an_answer = 3 * before  # "xx" and the end of the turn: three tokens each
+    found = Distiller(model).distil(
+        original, bases, sigma, examples, replace(few, enough=an_answer * 1.01), lambda: pytest.fail("refitted")
+    )
+    assert found.after == found.before == before > 0
     assert all(torch.equal(found.sigma[name], sigma[name]) for name in sigma)
+    asked = []
+    found = Distiller(model).distil(
+        original, bases, sigma, examples, replace(few, enough=an_answer * 0.99), lambda: asked.append(1) or sigma
+    )
+    assert asked and found.after < before
 
 
 def test_scalings_refitted_on_own_activations_have_the_least_output_error_on_them(parts):

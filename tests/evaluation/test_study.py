@@ -17,6 +17,7 @@ from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation import evaluate
+from vllm_jdlora.evaluation.distillation import DistillationSettings, Distiller
 from vllm_jdlora.evaluation.evaluate import Evaluation, read_tasks
 from vllm_jdlora.evaluation.model import SwitchableModel
 from vllm_jdlora.evaluation.records import RecordFile, read_records
@@ -83,6 +84,7 @@ def work(monkeypatch):
     counted(evaluate, "score")
     counted(study, "compress")
     counted(study, "gather_cached")
+    counted(study, "distil_collection")
     counted(baselines, "baseline")
     monkeypatch.setattr(
         SwitchableModel,
@@ -296,6 +298,59 @@ def test_a_budget_that_is_too_small_is_said_and_the_others_are_measured(folder, 
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert set(summary["ours"]["refused"]) == {"ours: 1/50"}
     assert set(summary["baselines"]["refused"]) == {"svd: 1/50", "average: 1/50"}
+
+
+def test_collections_are_measured_after_distillation_too_and_none_is_distilled_twice(folder, tmp_path, work):
+    output = tmp_path / "s"
+    distillation = DistillationSettings(steps=4, batch=4, learning_rate=0.1)
+    more = {"only": ["a"], "budgets": BUDGETS[:1], "metric": "frobenius", "distillation": distillation}
+    parts = run_study(settings(folder, output, "ours", **more))
+    rows = {row.variant: row for row in parts["ours"].tables[""]}
+    plain, distilled = rows["ours, frobenius: 1/4"], rows["ours, frobenius, distilled: 1/4"]
+    assert distilled.bytes_per_adapter == plain.bytes_per_adapter and distilled.rouge_l is not None
+    before = Collection.open(output / "collections" / "ours-frobenius-1-4")
+    after = Collection.open(output / "collections" / "ours-frobenius-1-4-distilled")
+    assert all(
+        torch.equal(x, y)
+        for part in before.manifest.slices
+        for x, y in zip(before.basis(part.name), after.basis(part.name), strict=True)
+    )
+    assert work.count("distil_collection") == 1
+    work.clear()
+    run_study(settings(folder, output, "ours", **more))
+    assert work == []
+    run_study(settings(folder, output, "ours", **more | {"distillation": replace(distillation, steps=5)}))
+    assert work.count("distil_collection") == 1 and "compress" not in work
+
+
+def test_the_distillation_sees_training_items_alone(folder, tmp_path, monkeypatch):
+    seen = []
+    distil = Distiller.distil
+
+    def watched(self, adapter, bases, sigma, examples, *more):
+        seen.append(len(examples))
+        return distil(self, adapter, bases, sigma, examples, *more)
+
+    monkeypatch.setattr(Distiller, "distil", watched)
+    more = {"only": ["a"], "budgets": BUDGETS[:1], "distillation": DistillationSettings(steps=1, batch=4)}
+    run_study(settings(folder, tmp_path / "s", "ours", **more))
+    assert seen == [16] * len(NAMES)  # 80 % of 20 items
+
+
+def test_baselines_on_fewer_items_have_ours_beside_them_on_these(folder, tmp_path, work):
+    few = run_study(settings(folder, tmp_path / "few", "ours", "baselines", limit=1, answers_for=()))
+    work.clear()
+    both = run_study(
+        settings(folder, tmp_path / "both", "ours", "baselines", limit=2, baseline_limit=1, answers_for=())
+    )
+    own = {row.variant: row for row in few["baselines"].tables[""]}
+    rows = {row.variant: row for row in both["baselines"].tables[""]}
+    assert list(rows) == list(own) and "ours: 1/2" in rows
+    for name, row in rows.items():
+        # Losses by item are kept to six digits.
+        assert row.loss == pytest.approx(own[name].loss, abs=2e-6) and row.token_accuracy == own[name].token_accuracy
+        assert row.rouge_l is None
+    assert {row.variant: row.rouge_l is None for row in both["ours"].tables[""]}["ours: 1/2"] is False
 
 
 @pytest.mark.parametrize(("method", "metric"), [("diag", "frobenius"), ("full", "fisher")])

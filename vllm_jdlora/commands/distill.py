@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_jdlora.commands.terminal import positive, printable
+from vllm_jdlora.commands.terminal import positive, printable, progress_bars
 from vllm_jdlora.errors import JDLoRAError
 
 
@@ -27,7 +27,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--steps", type=positive, default=40, metavar="N", help="of each adapter (default: 40)")
     parser.add_argument("--lr", type=float, default=0.02, help="in units of Σ's root mean square (default: 0.02)")
     parser.add_argument(
-        "--enough", type=float, default=0.005, metavar="D", help="leave adapters of less divergence (default: 0.005)"
+        "--enough",
+        type=float,
+        default=0.03,
+        metavar="D",
+        help="leave adapters that diverge by no more nats an answer as they are (default: 0.03)",
     )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the model (default: bf16)")
     parser.add_argument("--seed", type=int, default=0)
@@ -40,22 +44,25 @@ def _run(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.force:
         raise JDLoRAError(f"{args.output}: exists already; choose another name or give --force to replace it")
     try:
+        from vllm_jdlora.collection.second_moments import SecondMoments
         from vllm_jdlora.evaluation.distil_collection import distil_collection
         from vllm_jdlora.evaluation.distillation import DistillationSettings
     except ImportError as error:
         raise JDLoRAError(f"distillation needs {error.name}: pip install 'vllm-jdlora[evaluate]'") from None
     settings = DistillationSettings(steps=args.steps, learning_rate=args.lr, enough=args.enough, seed=args.seed)
-    results = distil_collection(
-        args.collection,
-        args.output,
-        base_model=args.base_model,
-        adapters=args.adapters,
-        data=args.data,
-        moments=args.moments,
-        settings=settings,
-        dtype=args.dtype,
-        force=args.force,
-    )
+    with progress_bars() as show:
+        results = distil_collection(
+            args.collection,
+            args.output,
+            base_model=args.base_model,
+            adapters=args.adapters,
+            data=args.data,
+            moments=None if args.moments is None else SecondMoments.load(args.moments),
+            settings=settings,
+            dtype=args.dtype,
+            force=args.force,
+            progress=show,
+        )
     if args.json:
         print(json.dumps(results, indent=1))
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.commands.evaluation_arguments import add_arguments, baseline_names, check_packages, share
-from vllm_jdlora.commands.terminal import progress_bars
+from vllm_jdlora.commands.terminal import positive, progress_bars
 
 
 def add_to(commands: Any) -> None:
@@ -52,6 +52,17 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--answers-for", nargs="*", metavar="NAME", help="baselines with greedy answers (default: all), others: loss"
     )
+    parser.add_argument(
+        "--baseline-limit",
+        type=positive,
+        metavar="N",
+        help="first N test items of each task for the baselines, and for ours beside them (default: as --limit)",
+    )
+    parser.add_argument(
+        "--distill",
+        action="store_true",
+        help="the part ours also measures its collections after the distillation of Σ, as in jdlora distill",
+    )
     parser.add_argument("--long", type=Path, metavar="DIR", help="adapters of the same names, trained longer")
     parser.add_argument("--json", action="store_true", help="the summary as JSON on stdout")
     parser.set_defaults(run=_run)
@@ -60,6 +71,7 @@ def add_to(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     check_packages()
     from vllm_jdlora.commands.study_report import print_study
+    from vllm_jdlora.evaluation.distillation import ENOUGH, DistillationSettings
     from vllm_jdlora.evaluation.study.run import SUMMARY_FILE, read_summary, run_study
     from vllm_jdlora.evaluation.study.settings import BUDGETS, PARTS, StudySettings
 
@@ -78,7 +90,9 @@ def _run(args: argparse.Namespace) -> int:
         long=args.long,
         method=args.method,
         metric=args.metric,
+        distillation=DistillationSettings(enough=ENOUGH) if args.distill else None,
         baselines=baseline_names(args.baselines),
+        baseline_limit=args.baseline_limit,
         answers_for=None if args.answers_for is None else baseline_names(args.answers_for, "--answers-for: "),
         max_new_tokens=args.max_new_tokens,
         leakage_pairs=args.leakage_pairs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from vllm_jdlora.jd.slice_fit import METHODS
 
 # Examples of an adapter whose activations Σ is refitted on.
 _TEXTS = 48
+_Bases = Mapping[str, tuple[Tensor, Tensor]]
 _DIVERGENCES = ("before", "after", "refitted")
 
 
@@ -42,11 +43,11 @@ def distil_collection(
     base_model: Path,
     adapters: Sequence[Path],
     data: Path,
-    moments: Path | None = None,
+    moments: SecondMoments | None = None,
     settings: DistillationSettings | None = None,
     dtype: str = "bf16",
     force: bool = False,
-    show_progress: bool = True,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[dict[str, Any]]:
     """Write the collection with distilled Σ; of each adapter its name and divergences: before, of Σ refitted in
     closed form on its own activations, after.
@@ -55,10 +56,8 @@ def distil_collection(
 
     Raises:
         JDLoRAError: an adapter of the collection is not among ``adapters`` or was changed, data are missing, or the
-            collection was fitted in the activation metric and ``moments`` (its calibration) is not given.
+            collection was fitted in a metric of moments and ``moments`` (its calibration) is not given.
     """
-    from tqdm import tqdm
-
     settings = settings or DistillationSettings()
     collection = Collection.open(path)
     manifest = collection.manifest
@@ -72,10 +71,11 @@ def distil_collection(
     kept = output.absolute().with_name(f"{output.name}.distilling.safetensors")
     done = _kept(kept, manifest.revision, settings)
     stored = TORCH_DTYPES[manifest.dtype]
-    pending = [a for a in originals if a.name not in done]
-    activations = adapter_moments(base_model, ((a, _own_texts(data, a.name)) for a in pending))
+    asked: list[Adapter] = []
+    activations = adapter_moments(base_model, _last_asked(asked, data), dtype=dtype)
     results, rows = [], []
-    for row, entry in enumerate(tqdm(manifest.adapters, desc="distil", unit="adapter", disable=not show_progress)):
+    for row, entry in enumerate(manifest.adapters):
+        progress("distil", row, len(manifest.adapters))
         sigma = collection.sigma(row).float()
         if entry.name not in done:
             update = plain.update(entry.name)
@@ -83,8 +83,12 @@ def distil_collection(
             present = {s.name: sigma[i] for i, s in enumerate(manifest.slices) if bool(sigma[i].any())}
             examples = read_examples(read_task(data, entry.name, split="train"), tokenizer, settings.max_tokens)
             used = {n: (u, v) for n, (u, v) in own.items() if n in present}
-            candidate = on_own_activations(update, used, next(activations)[1], manifest.method)
-            distilled = distiller.distil(update, used, present, examples, settings, candidate)
+
+            def refitted_on_own(row: int = row, update: Update = update, used: _Bases = used) -> dict[str, Tensor]:
+                asked[:] = [originals[row]]
+                return on_own_activations(update, used, next(activations)[1], manifest.method)
+
+            distilled = distiller.distil(update, used, present, examples, settings, refitted_on_own)
             after = torch.stack([distilled.sigma.get(s.name, sigma[i]) for i, s in enumerate(manifest.slices)])
             refitted = distilled.before if distilled.refitted is None else distilled.refitted
             done[entry.name] = after, distilled.before, distilled.after, refitted
@@ -92,7 +96,8 @@ def distil_collection(
         after, before_kl, after_kl, refitted_kl = done[entry.name]
         rows.append(after.to(stored))
         results.append({"name": entry.name, "before": before_kl, "refitted": refitted_kl, "after": after_kl})
-    del activations  # and its model
+    progress("distil", len(results), len(results))
+    activations = iter(())  # the model that it held goes
     sigma = torch.stack(rows)
     cluster = torch.tensor([entry.cluster for entry in manifest.adapters])
     measured = project(collection, originals, cluster=cluster, metrics=metrics, given=sigma)
@@ -117,9 +122,7 @@ def distil_collection(
     return results
 
 
-def on_own_activations(
-    update: Update, bases: Mapping[str, tuple[Tensor, Tensor]], moments: SecondMoments, method: str
-) -> dict[str, Tensor]:
+def on_own_activations(update: Update, bases: _Bases, moments: SecondMoments, method: str) -> dict[str, Tensor]:
     """Σ of least output error on the adapter's own activations: (UᵀU)⁻¹Uᵀ ΔW C_i Vᵀ (V C_i Vᵀ)⁻¹ for each slice.
 
     The bases were fitted to all adapters' inputs (or none); Σ costs nothing to fit to one adapter's own.
@@ -131,6 +134,12 @@ def on_own_activations(
         problem = metric.applied_to(SliceProblem.from_factors([Factors(*update[name])], name))
         found[name] = refit(problem, u, metric.whitened(v.double()))[0][0].float()
     return found
+
+
+def _last_asked(asked: Sequence[Adapter], data: Path) -> Iterator[tuple[Adapter, list[str]]]:
+    """For `adapter_moments`, which loads the model once: whoever is asked for when it takes the next one."""
+    while True:
+        yield asked[-1], _own_texts(data, asked[-1].name)
 
 
 def _own_texts(data: Path, name: str) -> list[str]:
@@ -145,13 +154,13 @@ def _original(found: dict[str, Adapter], name: str, sha256: str) -> Adapter:
     return found[name]
 
 
-def _metric(collection: Collection, file: Path | None) -> MetricOfSlice | None:
+def _metric(collection: Collection, moments: SecondMoments | None) -> MetricOfSlice | None:
     manifest = collection.manifest
     if manifest.metric == "frobenius":
         return None
-    if file is None:
+    if moments is None:
         raise JDLoRAError(f"{collection.path}: states output errors; give its calibration as --moments to renew them")
-    return own_metric(collection, SecondMoments.load(file), manifest.slices)
+    return own_metric(collection, moments, manifest.slices)
 
 
 _Done = dict[str, tuple[Tensor, float, float, float]]

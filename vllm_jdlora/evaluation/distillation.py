@@ -8,7 +8,7 @@ bases), so nothing changes for serving.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from vllm_jdlora.evaluation.variant import Update
 # Batches are padded to multiples of so many tokens: for each new shape of a product in bf16 oneDNN generates kernels
 # and keeps them, tens of MB for the lengths of one adapter's examples.
 _STEP = 8
+ENOUGH = 0.03
+"""Nats an answer: distributions of answers that differ by √(0.03 / 2) in total variation at most (Pinsker)."""
 # Adam moves an entry by about the learning rate times this slice's root mean square of Σ.
 _BETAS = (0.9, 0.99)
 
@@ -31,7 +33,8 @@ _BETAS = (0.9, 0.99)
 class DistillationSettings:
     """Steps of Adam with a cosine schedule; the learning rate is in units of each slice's root mean square of Σ.
 
-    enough: adapters whose divergence (nats a token) is no more than this are left as they are.
+    enough: adapters that diverge by no more than so many nats an answer are left as they are. By answers and not by
+    tokens: a greedy answer stays the same where none of its tokens changes.
     """
 
     steps: int = 40
@@ -52,7 +55,7 @@ class DistillationSettings:
 class Distilled:
     """`sigma` for each slice, and the divergence (nats a token) on held-out examples before and after.
 
-    refitted: that of the candidate Σ, where one was given. Where nothing made it fall, `sigma` is what it was.
+    refitted: that of the candidate Σ, where one was asked for. Where nothing made it fall, `sigma` is what it was.
     """
 
     sigma: dict[str, Tensor]
@@ -76,13 +79,13 @@ class Distiller:
         sigma: Mapping[str, Tensor],
         examples: Sequence[Example],
         settings: DistillationSettings,
-        candidate: Mapping[str, Tensor] | None = None,
+        candidate: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> Distilled:
         """Train Σ of one adapter.
 
         adapter: its uncompressed factors. bases: slice → (U [d_out, R], V [R, d_in]); sigma: slice → [R, R], or [R]
         (JD-Diag), fp32. examples: the adapter's own (training data); those beyond `settings.examples` are not used.
-        candidate: another Σ to start from where it diverges less.
+        candidate: gives another Σ to start from where it diverges less; not called where `sigma` is close enough.
         Raises JDLoRAError for slices that the model lacks, and where the examples are too few to hold some out.
         """
         draw = torch.Generator().manual_seed(settings.seed)
@@ -108,7 +111,7 @@ class Distiller:
         held: Sequence[Example],
         used: Sequence[Example],
         settings: DistillationSettings,
-        candidate: Mapping[str, Tensor] | None,
+        candidate: Callable[[], Mapping[str, Tensor]] | None,
     ) -> Distilled:
         place = next(self._model.parameters())
         teacher = {name: (b.to(place), a.to(place)) for name, (b, a) in adapter.items()}
@@ -119,13 +122,15 @@ class Distiller:
         def student(scalings: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
             return {name: (cast[name][0], scalings[name], cast[name][1]) for name in scalings}
 
-        given = [sigma] if candidate is None else [sigma, candidate]
-        divergences = self._mean_divergences(tests, teacher, [student(scalings) for scalings in given])
-        before, least = divergences[0], min(divergences)
-        refitted = None if candidate is None else divergences[1]
-        best = dict(given[divergences.index(least)])
-        if least <= settings.enough:
-            return Distilled(best, before, least, refitted)
+        before = least = self._mean_divergence(tests, teacher, student(sigma))
+        best, refitted = dict(sigma), None
+        if before * sum(len(test.labels) for test in tests) / len(held) <= settings.enough:
+            return Distilled(best, before, before)
+        if candidate is not None:
+            other = candidate()
+            refitted = self._mean_divergence(tests, teacher, student(other))
+            if refitted < before:
+                best, least = dict(other), refitted
         scale = {name: float(s.square().mean().sqrt()) for name, s in best.items()}
         moves = {name: torch.zeros_like(s, requires_grad=True) for name, s in best.items()}
         start = best
@@ -142,7 +147,7 @@ class Distiller:
             loss.backward()
             optimizer.step()
         trained = {name: s.detach() for name, s in moved().items()}
-        after = self._mean_divergences(tests, teacher, [student(trained)])[0]
+        after = self._mean_divergence(tests, teacher, student(trained))
         return (
             Distilled(trained, before, after, refitted) if after < least else Distilled(best, before, least, refitted)
         )
@@ -152,21 +157,19 @@ class Distiller:
         return self._run(batch, active)
 
     @torch.no_grad()
-    def _mean_divergences(
+    def _mean_divergence(
         self,
         batches: Sequence[Batch],
         teacher: Mapping[str, tuple[Tensor, ...]],
-        students: Sequence[Mapping[str, tuple[Tensor, ...]]],
-    ) -> list[float]:
-        """Of each student, over all batches. The teacher's answers are those of one batch at a time: kept while Σ is
-        trained, they would take 200 KB for each token of an answer, at a vocabulary of 50,000."""
-        totals = [0.0] * len(students)
+        student: Mapping[str, tuple[Tensor, ...]],
+    ) -> float:
+        """Over all batches. The teacher's answers are those of one batch at a time: kept while Σ is trained, they
+        would take 200 KB for each token of an answer, at a vocabulary of 50,000."""
+        total = 0.0
         for batch in batches:
             answer = self._run(batch, teacher)
-            for i, active in enumerate(students):
-                totals[i] += float(_divergence(answer, self._run(batch, active))) * len(batch.labels)
-        count = sum(len(batch.labels) for batch in batches)
-        return [total / count for total in totals]
+            total += float(_divergence(answer, self._run(batch, student))) * len(batch.labels)
+        return total / sum(len(batch.labels) for batch in batches)
 
     def _run(self, batch: Batch, active: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
         """Log-probabilities [scored positions, vocabulary] fp32."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,33 @@ class Record:
     @property
     def bytes_per_adapter(self) -> float:
         return self.bytes / self.adapters
+
+
+def first_items(record: Record, count: int | None, *, answers: bool = True) -> Record:
+    """The record of the first `count` items (None: all), as measuring these alone gives it; key and names are kept.
+
+    answers: False leaves them and what is computed from them out. Agreement with the base model is known of all items
+    only: it is None.
+    """
+    losses, tokens, correct = record.losses[:count], record.tokens[:count], record.correct[:count]
+    few = 0 if not answers else count
+    exact, rouge, agrees = record.exact[:few], record.rouge[:few], record.agrees[:few]
+    return replace(
+        record,
+        loss=sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens),
+        token_accuracy=sum(correct) / sum(tokens),
+        exact_match=_mean(exact),
+        rouge_l=_mean(rouge),
+        agreement=_mean(agrees),
+        agreement_with_base=None,
+        losses=losses,
+        tokens=tokens,
+        correct=correct,
+        exact=exact,
+        rouge=rouge,
+        agrees=agrees,
+        answers=record.answers[:few],
+    )
 
 
 class RecordFile:
@@ -131,6 +158,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, json.loads(line)
         except ValueError as error:
             raise JDLoRAError(f"{path}:{number}: not a line of JSON ({error})") from error
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _read(path: Path) -> Iterator[Record]:

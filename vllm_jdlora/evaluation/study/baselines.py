@@ -15,7 +15,8 @@ from vllm_jdlora.evaluation.variant import Variant
 
 def baselines(study: Study) -> Part:
     settings = study.settings
-    comparison = Comparison(study, "baselines", study.adapters, study.measured, settings.limit)
+    limit = settings.limit if settings.baseline_limit is None else settings.baseline_limit
+    comparison = Comparison(study, "baselines", study.adapters, study.measured, limit)
     study.begin("baselines", (2 + len(settings.baselines) * len(settings.budgets)) * len(comparison.tasks))
     with_answers = set(settings.baselines if settings.answers_for is None else settings.answers_for)
     records = comparison.references(answers=bool(with_answers))

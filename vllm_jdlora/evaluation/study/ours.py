@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -17,7 +18,8 @@ from vllm_jdlora.evaluation.variant import Variant, of_collection
 def ours(study: Study) -> Part:
     settings = study.settings
     comparison = Comparison(study, "ours", study.adapters, study.measured, settings.limit)
-    study.begin("ours", (2 + len(settings.budgets)) * len(comparison.tasks))
+    variants = 1 + (settings.distillation is not None)
+    study.begin("ours", (2 + variants * len(settings.budgets)) * len(comparison.tasks))
     records = comparison.references()
     sizes = {}
     for share in settings.budgets:
@@ -26,13 +28,16 @@ def ours(study: Study) -> Part:
         if found:
             sizes[name] = size_of(collection_at(study, share))
         records += found
+        if settings.distillation is not None:
+            made = made_at(study, share) | {"distilled": asdict(settings.distillation), "data": study.training_data}
+            name = f"{settings.family}, distilled: {share}"
+            records += comparison.measure(name, made, partial(_distilled, study, share))
     return Part({"": summarise(records)}, records, {"sizes": sizes})
 
 
 def collection_at(study: Study, share: Fraction) -> Collection:
     """All adapters by the method and metric that are asked for, in a share of their bytes."""
-    family = study.settings.family.replace(", ", "-")
-    return study.collection(f"{family}-{share_label(share)}", study.adapters, made_at(study, share))
+    return study.collection(_label(study, share), study.adapters, made_at(study, share))
 
 
 def made_at(study: Study, share: Fraction) -> dict[str, Any]:
@@ -56,5 +61,13 @@ def share_label(share: Fraction) -> str:
     return str(share).replace("/", "-")
 
 
+def _label(study: Study, share: Fraction) -> str:
+    return f"{study.settings.family.replace(', ', '-')}-{share_label(share)}"
+
+
 def _variant(study: Study, share: Fraction) -> Variant:
     return of_collection(collection_at(study, share), "")
+
+
+def _distilled(study: Study, share: Fraction) -> Variant:
+    return of_collection(study.distilled(f"{_label(study, share)}-distilled", collection_at(study, share)), "")

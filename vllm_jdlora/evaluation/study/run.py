@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.evaluation.evaluate import BASE, UNCOMPRESSED
 from vllm_jdlora.evaluation.plots import (
     plot_convergence,
     plot_error_over_clusters,
     plot_over_bytes,
     plot_performance_over_error,
 )
+from vllm_jdlora.evaluation.records import first_items
 from vllm_jdlora.evaluation.study.baselines import baselines
 from vllm_jdlora.evaluation.study.convergence import convergence
 from vllm_jdlora.evaluation.study.leaks import leakage
@@ -26,6 +28,7 @@ from vllm_jdlora.evaluation.study.settings import PARTS, StudySettings
 from vllm_jdlora.evaluation.study.study import Progress, Study
 from vllm_jdlora.evaluation.study.sweep import sweep
 from vllm_jdlora.evaluation.study.trained_longer import trained_longer
+from vllm_jdlora.evaluation.summary import summarise
 
 _RUNS: Mapping[str, Run] = dict(
     zip(PARTS, (ours, baselines, sweep, ranks, leakage, convergence, trained_longer), strict=True)
@@ -48,9 +51,24 @@ def run_study(settings: StudySettings, progress: Progress | None = None) -> dict
         if name in settings.parts:
             study.refused.clear()
             found[name] = replace(_RUNS[name](study), refused=dict(study.refused))
+            if name == "baselines" and "ours" in found:
+                found[name] = beside(found["ours"], found[name])
             write_summary(settings, {name: found[name]})
     draw(found, settings.output / "plots")
     return found
+
+
+def beside(ours: Part, baselines: Part) -> Part:
+    """The baselines with ours on their items, without answers where none of theirs has any."""
+    answers = any(record.answers for record in baselines.records)
+    of_reference = {r.adapter: len(r.losses) for r in baselines.records if r.variant == UNCOMPRESSED}
+    own = [
+        first_items(record, of_reference[record.adapter], answers=answers)
+        for record in ours.records
+        if record.variant not in (BASE, UNCOMPRESSED)
+    ]
+    records = [*baselines.records, *own]
+    return replace(baselines, tables={"": summarise(records)}, records=records)
 
 
 def write_summary(settings: StudySettings, parts: Mapping[str, Part]) -> Path:
@@ -80,13 +98,12 @@ def read_summary(file: Path) -> dict[str, Any]:
 def draw(parts: Mapping[str, Part], folder: Path) -> list[Path]:
     """The plots that these parts have the data for."""
     drawn = []
-    methods = [parts[name] for name in ("ours", "baselines") if name in parts]
+    # Baselines have ours beside them, on the same items; ours alone may be measured on more, and with answers.
+    methods = [parts[name] for name in ("baselines", "ours") if name in parts]
     if methods:
-        # Both have the base model and the uncompressed adapters: those of ours count, which have answers.
-        rows = {row.variant: row for part in reversed(methods) for row in part.tables[""]}
-        records = {(r.variant, r.adapter): r for part in reversed(methods) for r in part.records}
-        drawn.append(plot_over_bytes(list(rows.values()), folder / "bytes.svg"))
-        drawn.append(plot_performance_over_error(list(records.values()), folder / "error.svg"))
+        drawn.append(plot_over_bytes(methods[0].tables[""], folder / "bytes.svg"))
+        shown = next((part for part in methods if any(r.answers for r in part.records)), methods[0])
+        drawn.append(plot_performance_over_error(shown.records, folder / "error.svg"))
     if "sweep" in parts and parts["sweep"].facts["points"]:
         drawn.append(plot_error_over_clusters(parts["sweep"].facts["points"], folder / "clusters.svg"))
     if "convergence" in parts:

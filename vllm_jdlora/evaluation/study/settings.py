@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.baseline_variants import BASELINES
+from vllm_jdlora.evaluation.distillation import DistillationSettings
 from vllm_jdlora.evaluation.scoring import MAX_NEW_TOKENS
 
 PARTS = ("ours", "baselines", "sweep", "ranks", "leakage", "convergence", "long")
@@ -35,8 +36,10 @@ class StudySettings:
         dtype: of the model.
         calibration: text or moments that fits weigh by; None: the package's text.
         long: adapters of the same names, trained longer.
+        distillation: how Σ is distilled, for a second row of each collection of the part "ours"; None: it is not.
         method, metric: of the part "ours", as `jdlora compress` takes them; the metric is that of all collections.
         baselines: methods to compare with.
+        baseline_limit: as `limit`, for baselines and ours beside them; None: as `limit`.
         answers_for: baselines whose greedy answers are measured too; None: all.
         max_new_tokens: limit of an answer.
         leakage_pairs: at most so many pairs of each kind.
@@ -55,7 +58,9 @@ class StudySettings:
     long: Path | None = None
     method: str = "full"
     metric: str = "activation"
+    distillation: DistillationSettings | None = None
     baselines: Sequence[str] = BASELINES
+    baseline_limit: int | None = None
     answers_for: Sequence[str] | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
     leakage_pairs: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.second_moments import SecondMoments
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.calibrated import moments_from, slices_of_all
+from vllm_jdlora.evaluation.distil_collection import distil_collection
 from vllm_jdlora.evaluation.evaluate import chosen
 from vllm_jdlora.evaluation.model import SwitchableModel, fingerprint_of
 from vllm_jdlora.evaluation.records import Record, RecordFile
@@ -140,6 +142,46 @@ class Study:
             )
             self.steps.add(f"collection {label}", what, {})
         return Collection.open(folder, verify=False)
+
+    def distilled(self, label: str, collection: Collection) -> Collection:
+        """The collection with its Σ distilled on the tasks' training items, in ``collections/label``.
+
+        Stopped and called again, it goes on with the adapters that are left.
+
+        Raises:
+            JDLoRAError: no settings of a distillation, an adapter without task data.
+        """
+        settings = self.settings.distillation
+        if settings is None:
+            raise JDLoRAError("this study distils nothing")
+        folder = self.settings.output / "collections" / label
+        manifest = collection.manifest
+        what = {"distilled": manifest.revision, "settings": asdict(settings), "data": self.training_data}
+        if self.steps.find(what) is None or not folder.is_dir():
+            distil_collection(
+                collection.path,
+                folder,
+                base_model=self.settings.base_model,
+                adapters=self.settings.adapters,
+                data=self.settings.tasks,
+                moments=self.moments(manifest.metric),
+                settings=settings,
+                dtype=self.settings.dtype,
+                force=True,
+                progress=self.report,
+            )
+            self.steps.add(f"collection {label}", what, {})
+        return Collection.open(folder, verify=False)
+
+    @cached_property
+    def training_data(self) -> dict[str, str]:
+        """Digest of what each adapter is distilled on: the first 80 % of its task."""
+        tasks = self.settings.tasks
+        return {
+            adapter.name: read_task(tasks, adapter.name, split="train").sha256
+            for adapter in self.adapters
+            if (tasks / f"{adapter.name}.jsonl").is_file()
+        }
 
     def recipe(
         self,
