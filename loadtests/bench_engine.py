@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LOG_TAIL = 25
 
@@ -70,6 +71,15 @@ class Turn:
     profile: dict[str, Any] | None = None
 
 
+class EngineDied(RuntimeError):
+    """An engine's process ended; the message has the end of its log."""
+
+
+def stop_on_termination() -> None:
+    """SIGTERM as Ctrl-C: engines are stopped and scratch folders removed on the way out."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 class Engine:
     """The parent's handle on one engine process."""
 
@@ -77,7 +87,7 @@ class Engine:
         self.spec, self.log = spec, log
         self.memory_bytes: dict[str, int] = {}
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, spec.key],  # the key is for those who look at processes
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
@@ -115,9 +125,9 @@ class Engine:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _died(self) -> None:
+    def _died(self) -> NoReturn:
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
-        raise SystemExit(f"the engine of ({self.spec.key}) died; the end of its log:\n{tail}")
+        raise EngineDied(f"the engine of ({self.spec.key}) died; the end of its log:\n{tail}")
 
 
 # --- the engine's process ---------------------------------------------------------------------------------------------

@@ -2,12 +2,94 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from bench_engine import EngineSpec
+from synthetic_collections import ATTENTION, LINEAR, write_adapters, write_collection
+
+from vllm_jdlora.adapter import read_adapters
 from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.build import compress
 from vllm_jdlora.serving.options import adapter_paths
 
+RANK = 16
 MAX_TOKENS = 2048
+TARGETS = {"attention": ATTENTION, "linear": LINEAR}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine.
+
+    Attributes:
+        key: its name in ratios.
+        title: what it is.
+        kind: ``base``; ``stock`` (vLLM's own multi-LoRA); ``plain`` (uncompressed adapters through this package's
+            kernels); ``compressed``.
+        targets: the linear modules that adapters change, ``attention`` (q, k, v) or ``linear`` (all seven); the base
+            has none and belongs to both.
+        adapters: how many its requests choose from.
+        clusters: of the collection.
+        slots: LoRA slots of a stock server: distinct adapters in one batch.
+        synthetic: random adapters instead of the demo's.
+        eager: the base, not compiled. (vLLM does not compile on CPU when LoRA is on; this package turns it on again.)
+        gigabytes: memory that starting it may take, at most, of SmolLM2-135M.
+    """
+
+    key: str
+    title: str
+    kind: str
+    targets: str | None = None
+    adapters: int = 0
+    clusters: int | None = None
+    slots: int | None = None
+    synthetic: bool = True
+    eager: bool = False
+    gigabytes: float = 1.6
+
+    @property
+    def slow(self) -> bool:
+        """So slow that it takes part in few rounds."""
+        return self.kind == "stock"
+
+
+ROWS = (
+    Row("a", "base without LoRA", "base", synthetic=False),
+    Row("a-eager", "base without LoRA, not compiled", "base", synthetic=False, eager=True),
+    Row("c8", "stock vLLM, 8 adapters", "stock", "attention", 8, slots=8, synthetic=False),
+    Row("c64", "stock vLLM, 64 adapters, 8 slots", "stock", "attention", 64, slots=8),
+    Row("p32", "uncompressed, our kernel, 32 adapters", "plain", "attention", 32),
+    Row("d8", "compressed, 8 adapters, 8 clusters", "compressed", "attention", 8, clusters=8, synthetic=False),
+    Row("d1000", "compressed, 1,000 adapters, 8 clusters", "compressed", "attention", 1000, clusters=8),
+    Row(
+        "d1000-k128",
+        "compressed, 1,000 adapters, 128 clusters",
+        "compressed",
+        "attention",
+        1000,
+        clusters=128,
+        gigabytes=3.0,
+    ),
+    Row("s-c8", "stock vLLM, 8 adapters", "stock", "linear", 8, slots=8),
+    Row("s-p32", "uncompressed, our kernel, 32 adapters", "plain", "linear", 32, gigabytes=3.0),
+    Row("s-d1000", "compressed, 1,000 adapters, 8 clusters", "compressed", "linear", 1000, clusters=8, gigabytes=2.0),
+)
+
+
+def groups_of(rows: list[Row], available_bytes: int) -> list[list[Row]]:
+    """The rows that are measured at once: all, or, where memory is short, those of equal targets beside the base.
+
+    Every ratio that is reported is between rows of equal targets or with the base, so it is within a group.
+    """
+    if sum(row.gigabytes for row in rows) * 1e9 <= available_bytes:
+        return [rows]
+    bases = [row for row in rows if row.targets is None]
+    groups = [[*bases, *found] for targets in TARGETS if (found := [r for r in rows if r.targets == targets])]
+    # The base that is not compiled is compared with the other base alone.
+    return [groups[0], *([r for r in g if not r.eager] for g in groups[1:])] if groups else [bases]
 
 
 def engine_options(dtype: str, batch: int, *, eager: bool = False) -> dict[str, Any]:
@@ -25,3 +107,66 @@ def engine_options(dtype: str, batch: int, *, eager: bool = False) -> dict[str, 
 def jd_options(collection: Collection, options: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """Adapters and arguments of an engine that serves `collection`."""
     return adapter_paths(collection), {**options, "additional_config": {"jdlora": {"collection": str(collection.path)}}}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the adapters of the rows come from, and a scratch folder for those that are made.
+
+    Attributes:
+        scratch: an empty folder.
+        model: the base model's.
+        demo_adapters: PEFT folders of it for the rows that are not synthetic.
+    """
+
+    scratch: Path
+    model: Path
+    demo_adapters: Path
+    dtype: str
+    batch: int
+
+    def engine(self, row: Row) -> tuple[EngineSpec, Row]:
+        """The row's engine, and the row as it turned out: clusters can be fewer than asked for."""
+        options = engine_options(self.dtype, self.batch, eager=row.eager)
+        adapters: list[tuple[str, str]] = []
+        if row.kind == "stock":
+            adapters = self._plain(row)
+            options |= {
+                "enable_lora": True,
+                "max_loras": row.slots,
+                "max_cpu_loras": row.adapters,
+                "max_lora_rank": RANK,
+                # Without it stock vLLM computes zeros for every linear module and the logits.
+                "lora_target_modules": list(TARGETS[row.targets or ""]),
+            }
+        elif row.kind == "plain":
+            # A collection of one adapter that no request names: what is measured has nothing compressed in it.
+            collection = self._collection(replace(row, key=f"{row.key}-unused", adapters=1, clusters=1))
+            adapters, options = self._plain(row), jd_options(collection, options)[1] | {"max_loras": row.adapters}
+        elif row.kind == "compressed":
+            collection = self._collection(row)
+            row = replace(row, adapters=len(collection.manifest.adapters), clusters=collection.manifest.clusters)
+            adapters, options = jd_options(collection, options)
+        return EngineSpec(row.key, str(self.model), adapters, options), row
+
+    def _plain(self, row: Row) -> list[tuple[str, str]]:
+        if not row.synthetic:
+            folders = [adapter.path for adapter in self._demo[: row.adapters]]
+        else:
+            targets = TARGETS[row.targets or ""]
+            folders = write_adapters(self.scratch / row.key, self.model, targets, adapters=row.adapters, rank=RANK)
+        return [(folder.name, str(folder)) for folder in folders]
+
+    def _collection(self, row: Row) -> Collection:
+        assert row.clusters is not None and row.targets is not None
+        output = self.scratch / f"collection-{row.key}"
+        if row.synthetic:
+            targets = TARGETS[row.targets]
+            return write_collection(
+                output, self.model, targets, adapters=row.adapters, clusters=row.clusters, rank=RANK
+            )
+        return compress(self._demo[: row.adapters], output, rank=RANK, clusters=row.clusters)
+
+    @cached_property
+    def _demo(self) -> list[Any]:
+        return read_adapters([self.demo_adapters])[0]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench_engine import Engine, EngineSpec, Workload
+from bench_engine import Engine, EngineSpec, Workload, stop_on_termination
 from bench_rows import engine_options, jd_options
 from profile_points import LOGITS, SET_ACTIVE, STEP
 from synthetic_collections import ATTENTION, LINEAR, write_collection
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the means to this file as well")
     parser.add_argument("--torch-profiler", action="store_true", help="tables by operator as well")
     args = parser.parse_args()
+    stop_on_termination()
 
     from bench_conditions import default_dtype, default_model
 
@@ -168,9 +169,8 @@ def main() -> None:
             rank=args.rank,
         )
         specs = [] if args.no_base else [EngineSpec("base", str(model), [], options, profile=True)]
-        specs.append(
-            EngineSpec("compressed", str(model), *jd_options(collection, options), profile=True)  # type: ignore[misc]
-        )
+        adapters, compressed = jd_options(collection, options)
+        specs.append(EngineSpec("compressed", str(model), adapters, compressed, profile=True))
         engines: list[Engine] = []
         steps: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         missing: dict[str, None] = {}

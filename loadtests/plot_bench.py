@@ -1,0 +1,109 @@
+"""The last record of `results/bench.jsonl` as bars: tokens/s of each row relative to the base, decode and prefill."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "loadtests" / "results" / "bench.jsonl"
+PICTURE = ROOT / "docs" / "bench.svg"
+_STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "jdlora",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial"],
+    "figure.constrained_layout.use": True,
+}
+# Okabe-Ito: told apart by colour-blind readers too.
+_MEASURES = {"decode": "#0072B2", "prefill": "#E69F00"}
+_TARGETS = {"attention": "q, k, v", "linear": "all seven linear modules"}
+_BAR = 0.38
+
+
+def relative(group: dict[str, Any], measure: str, row: str) -> list[float]:
+    """The row's rate over the base's, in each round that both took part in."""
+    rates = group["tokens_per_second"].get(measure, {})
+    pairs = zip(rates.get(row, []), rates.get("a", []), strict=False)
+    return [x / y for x, y in pairs if x is not None and y is not None]
+
+
+def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
+    """Bars with the range over the rounds, one panel for each set of targets."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        targets: [
+            (key, group) for group in record["groups"] for key in group["rows"] if _targets(record, key) == targets
+        ]
+        for targets in _TARGETS
+    }
+    panels = {targets: rows for targets, rows in panels.items() if rows}
+    if not panels:
+        raise SystemExit("nothing to draw: the record has no row with adapters")
+    with plt.rc_context(_STYLE):
+        heights = [len(rows) for rows in panels.values()]
+        figure, axes = plt.subplots(
+            len(panels), 1, figsize=(8, 1.1 + 0.62 * sum(heights)), height_ratios=heights, sharex=True, squeeze=False
+        )
+        for axis, (targets, rows) in zip(axes[:, 0], panels.items(), strict=True):
+            _draw(axis, record, rows)
+            axis.set_title(f"adapters on {_TARGETS[targets]}", loc="left", fontsize=10)
+        axes[0, 0].legend(loc="lower right")
+        axes[-1, 0].set_xlabel("tokens/s, % of the base model without LoRA")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, metadata={"Date": None})
+        plt.close(figure)
+    return file
+
+
+def _targets(record: dict[str, Any], key: str) -> str | None:
+    targets: str | None = record["rows"][key]["targets"]
+    return targets
+
+
+def _draw(axis: Any, record: dict[str, Any], rows: list[tuple[str, dict[str, Any]]]) -> None:
+    for i, (measure, colour) in enumerate(_MEASURES.items()):
+        for y, (key, group) in enumerate(rows):
+            values = [100 * v for v in relative(group, measure, key)]
+            if not values:
+                continue
+            middle = statistics.median(values)
+            place = y + (i - 0.5) * _BAR
+            error = [[middle - min(values)], [max(values) - middle]]
+            axis.barh(place, middle, _BAR, color=colour, xerr=error, error_kw={"lw": 1, "ecolor": "#444444"})
+            axis.annotate(f"{middle:.0f} %", (max(values), place), (4, 0), textcoords="offset points", va="center")
+        axis.barh(0, 0, color=colour, label=measure)
+    axis.axvline(100, color="#444444", lw=1, ls="--")
+    axis.set_yticks(range(len(rows)), [record["rows"][key]["title"] for key, _ in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.tick_params(left=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("-o", "--output", type=Path, default=PICTURE)
+    args = parser.parse_args()
+    records = [json.loads(line) for line in args.results.read_text().splitlines() if line.strip()]
+    # Records of older versions of the benchmark have no groups.
+    records = [record for record in records if "groups" in record]
+    if not records:
+        raise SystemExit(f"{args.results}: no record to draw; run `make bench` first")
+    print(f"drawn in {plot(records[-1], args.output)}")
+
+
+if __name__ == "__main__":
+    main()
