@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm_jdlora.kernels import cpu_threads
-from vllm_jdlora.kernels.cpu_tiles import TOKENS, Form, expand_tile, shrink_tile
+from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, expand_tile, lay_u, lay_v, shrink_tile
 
 _MOST = TOKENS[-1]
 # Rows of V are padded to the sums of one token's tile, which is a vector at most.
@@ -27,12 +27,12 @@ _LINE = 64
 # Fields of a layer's parameters and of a plan's, int64 each.
 (
     _X, _X_STRIDE, _Y, _Y_STRIDE, _PLAN, _SCRATCH, _SCRATCH_STRIDE,
-    _V, _V_STRIDE, _V_CLUSTER, _ROWS_OF_V, _D_IN, _TURNS,
+    _V, _V_BLOCK, _V_CLUSTER, _ROWS_OF_V, _D_IN, _TURNS,
     _SIGMA, _SIGMA_SLOT, _DIAGONAL, _RANK, _SLICES, _SLICE_TABLE,
 ) = range(19)  # fmt: skip
 _FIELDS = 19
 (_TOKENS, _SLOTS, _TILE_START, _TILE_COUNT, _TILE_CLUSTER, _SPLIT) = range(6)
-# For each slice: address of its U, bytes from cluster to cluster, from turn to turn, d_out.
+# For each slice: address of its U, bytes from cluster to cluster, from block to block, d_out.
 _PER_SLICE = 4
 
 
@@ -115,9 +115,10 @@ def _split(tile_count: np.ndarray, threads: int) -> np.ndarray:
 class PackedLinear:
     """The bases of one linear module (its slices packed: q, k, v) as the kernel reads them.
 
+    The slices' V of a cluster lie one below the other: q, k and v see the same x.
+
     Attributes:
-        v: the form's dtype [C, rows, d_in padded], the slices of a cluster one below the other: q, k and v see the
-            same x. `v_of` gives views by slice, to write through.
+        form: of the bases.
         sigma: fp32 [slots, slices, R, R] or, for JD-Diag, [slots, slices, R]; read where it is.
     """
 
@@ -129,11 +130,13 @@ class PackedLinear:
             raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous")
         self.form, self.rank, self.widths, self.sigma = form, rank, tuple(widths), sigma
         rows = -(-len(widths) * rank // _ROWS) * _ROWS
-        padded = -(-d_in // form.step) * form.step
-        self._d_in = d_in
-        self.v = torch.zeros(clusters, rows, padded, dtype=form.stored)
-        shape = (rank // 2, 2) if form.pairs else (rank, 1)
-        self._u = [torch.zeros(clusters, shape[0], width, shape[1], dtype=form.stored) for width in widths]
+        self._d_in, self._rows = d_in, rows
+        turns, each = -(-d_in // form.step), 2 if form.pairs else 1
+        self._v = torch.zeros(clusters, rows // BLOCK, turns, BLOCK, form.step, dtype=form.stored)
+        self._u = [
+            torch.zeros(clusters, -(-width // form.lanes), rank // each, form.lanes, each, dtype=form.stored)
+            for width in widths
+        ]
         self._parameters = np.zeros(_FIELDS, dtype=np.int64)
         self._slices = np.array(
             [
@@ -146,14 +149,11 @@ class PackedLinear:
         self._data = self._parameters.ctypes.data
         self._function = _kernel(form)
 
-    def v_of(self, index: int) -> torch.Tensor:
-        """V of a slice, a view [C, R, d_in]."""
-        return self.v[:, index * self.rank : (index + 1) * self.rank, : self._d_in]
-
-    def write_u(self, cluster: int, index: int, u: torch.Tensor) -> None:
-        """Lay U [d_out, R] of one cluster and slice down."""
-        rows = self._u[index].shape[1]
-        self._u[index][cluster] = u.to(self.form.stored).T.reshape(rows, -1, u.shape[0]).transpose(1, 2)
+    def write(self, cluster: int, u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
+        """Lay one cluster's bases down: for each slice U [d_out, R] and V [R, d_in]."""
+        lay_v(self.form, torch.cat([part.to(self.form.stored) for part in v]), self._v[cluster])
+        for laid, part in zip(self._u, u, strict=True):
+            lay_u(self.form, part, laid[cluster])
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, groups: TokenGroups) -> None:
         """``y[t] += U[c(t)] · (Σ[s(t)] · (V[c(t)] · x[t]))`` in place (meaning: ``reference.jd_linear``).
@@ -176,17 +176,16 @@ class PackedLinear:
         cpu_threads.on_all(self._function, self._data, threads)
 
     def _fill_in(self) -> None:
-        v, sigma, fields = self.v, self.sigma, self._parameters
+        v, sigma, fields = self._v, self.sigma, self._parameters
         width = v.element_size()
-        padded = v.shape[2]
-        rows_of_h = v.shape[1]
+        turns = v.shape[2]
         # Addresses of rows (x, y), x in the form that shrink takes, h, g, and a row of y for tokens that are not there.
-        x_bytes = padded * (2 if self.form.pairs else 4)
-        parts = (16 * _MOST, _MOST * x_bytes, _MOST * rows_of_h * 4, _MOST * rows_of_h * 4, sum(self.widths) * width)
+        x_bytes = turns * self.form.step * (2 if self.form.pairs else 4)
+        parts = (16 * _MOST, _MOST * x_bytes, _MOST * self._rows * 4, _MOST * self._rows * 4, sum(self.widths) * width)
         self._scratch_bytes = sum(-(-part // _LINE) * _LINE for part in parts)
         fields[_SCRATCH_STRIDE] = self._scratch_bytes
-        fields[_V], fields[_V_STRIDE], fields[_V_CLUSTER] = v.data_ptr(), v.stride(1) * width, v.stride(0) * width
-        fields[_ROWS_OF_V], fields[_D_IN], fields[_TURNS] = rows_of_h, self._d_in, padded // self.form.step
+        fields[_V], fields[_V_BLOCK], fields[_V_CLUSTER] = v.data_ptr(), v.stride(1) * width, v.stride(0) * width
+        fields[_ROWS_OF_V], fields[_D_IN], fields[_TURNS] = self._rows, self._d_in, turns
         fields[_SIGMA], fields[_SIGMA_SLOT] = sigma.data_ptr(), sigma.stride(0) * 4
         fields[_DIAGONAL], fields[_RANK], fields[_SLICES] = sigma.ndim == 3, self.rank, len(self.widths)
         fields[_SLICE_TABLE] = self._slices.ctypes.data
@@ -218,13 +217,17 @@ def _kernel(form: Form) -> int:
     pairs, half = form.pairs, form.stored == torch.bfloat16
     width = 2 if half else 4
     x_width = 2 if pairs else 4
-    step = form.step
+    step, vector_bytes = form.step, form.vector_bytes
     thread_number = cpu_threads.thread_number()
     jit = numba.njit(error_model="numpy", fastmath=True, inline="always")
 
     @jit
     def line(size: int) -> int:
         return (size + 63) // 64 * 64
+
+    @jit
+    def row_of_v(v: int, row: int, block: int) -> int:
+        return v + row // BLOCK * block + row % BLOCK * vector_bytes
 
     @jit
     def read(address: int, index: int) -> Any:
@@ -288,13 +291,13 @@ def _kernel(form: Form) -> int:
             v = p[_V] + tile_cluster[tile] * p[_V_CLUSTER]
             if size == 1:
                 for j in range(0, rows, rows1):
-                    shrink1(at_rows, v + j * p[_V_STRIDE], p[_V_STRIDE], turns, at_h + j * 4, g_stride)
+                    shrink1(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride)
             elif size == 2:
                 for j in range(0, rows, rows2):
-                    shrink2(at_rows, v + j * p[_V_STRIDE], p[_V_STRIDE], turns, at_h + j * 4, g_stride)
+                    shrink2(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride)
             else:
                 for j in range(0, rows, rows4):
-                    shrink4(at_rows, v + j * p[_V_STRIDE], p[_V_STRIDE], turns, at_h + j * 4, g_stride)
+                    shrink4(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride)
 
             for i in range(count):
                 sigma = p[_SIGMA] + slots[start + i] * p[_SIGMA_SLOT]
@@ -323,36 +326,38 @@ def _kernel(form: Form) -> int:
             depth = rank // 2 if pairs else rank
             for s in range(slices):
                 u = table[s, 0] + tile_cluster[tile] * table[s, 1]
-                u_stride, d_out = table[s, 2], table[s, 3]
-                u_width = 4 if pairs else width
+                u_block, d_out = table[s, 2], table[s, 3]
                 at_g_slice = at_g + s * rank * (2 if pairs else 4)
                 o = int64(0)
                 while o + vectors * lanes <= d_out:
-                    at, to = u + o * u_width, (column + o) * width
+                    at, to = u + o // lanes * u_block, (column + o) * width
                     if size == 1:
-                        wide1(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                        wide1(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
                     elif size == 2:
-                        wide2(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                        wide2(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
                     else:
-                        wide4(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                        wide4(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
                     o += vectors * lanes
                 while o + lanes <= d_out:
-                    at, to = u + o * u_width, (column + o) * width
+                    at, to = u + o // lanes * u_block, (column + o) * width
                     if size == 1:
-                        slim1(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                        slim1(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
                     elif size == 2:
-                        slim2(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                        slim2(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
                     else:
-                        slim4(at_rows + 32, to, at, u_stride, at_g_slice, g_stride, depth)
+                        slim4(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
                     o += lanes
+                last = u + o // lanes * u_block
                 while o < d_out:
+                    lane = o % lanes
                     for i in range(count):
                         total = read(y_rows[i], column + o)
                         for r in range(rank):
                             if pairs:
-                                total += widened(g_pairs[i, s * rank + r]) * read(u + r // 2 * u_stride, 2 * o + r % 2)
+                                basis = read(last + r // 2 * vector_bytes, 2 * lane + r % 2)
+                                total += widened(g_pairs[i, s * rank + r]) * basis
                             else:
-                                total += g[i, s * rank + r] * read(u + r * u_stride, o)
+                                total += g[i, s * rank + r] * read(last + r * vector_bytes, lane)
                         if half:
                             carray(address_as_pointer(y_rows[i]), 1 << 30, np.uint16)[column + o] = narrowed(total)
                         else:

@@ -22,6 +22,8 @@ _I64, _I32, _I16, _FLOAT = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.Fl
 _FAST = ("fast",)
 TOKENS = (1, 2, 4)
 """Tokens of a tile."""
+BLOCK = 4
+"""Rows of V that lie side by side, step by step of d_in."""
 
 
 class _BFloat(ir.Type):
@@ -65,6 +67,11 @@ class Form:
         """Numbers of d_in that a turn of shrink takes: x and V are padded to a multiple."""
         return self.lanes * (2 if self.pairs else 1)
 
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of a basis that a product reads at once."""
+        return self.step * (2 if self.stored == torch.bfloat16 else 4)
+
     def rows(self, tokens: int) -> int:
         """Rows of V beside so many tokens: as many sums as a vector has lanes."""
         return self.lanes // tokens
@@ -75,23 +82,40 @@ class Form:
         return self.lanes // 4
 
 
+def lay_v(form: Form, v: torch.Tensor, out: torch.Tensor) -> None:
+    """V [rows, d_in] as shrink reads it, in one stream: out [rows / 4, turns, 4, step], zeros where V has nothing."""
+    blocks, turns, _, step = out.shape
+    full = torch.zeros(blocks * BLOCK, turns * step, dtype=form.stored)
+    full[: v.shape[0], : v.shape[1]] = v
+    out.copy_(full.view(blocks, BLOCK, turns, step).transpose(1, 2))
+
+
+def lay_u(form: Form, u: torch.Tensor, out: torch.Tensor) -> None:
+    """U [d_out, R] as expand reads it: out [d_out / lanes, R / each, lanes, each], with pairs of r (2) or each (1)."""
+    blocks, turns, lanes, each = out.shape
+    full = torch.zeros(blocks * lanes, turns * each, dtype=form.stored)
+    full[: u.shape[0]] = u
+    out.copy_(full.view(blocks, lanes, turns, each).transpose(1, 2))
+
+
 def shrink_tile(form: Form, tokens: int) -> Any:
-    """numba intrinsic ``(x_rows, v, v_stride, turns, h, h_stride)``: ``h[t, j] = V[j] · x[t]`` in fp32.
+    """numba intrinsic ``(x_rows, v, v_block, turns, h, h_stride)``: ``h[t, j] = V[j] · x[t]`` in fp32.
 
     All int64. x_rows: address of the addresses of ``tokens`` rows, padded to ``turns`` steps (bf16 for pairs, else
-    fp32); v: address of `form.rows(tokens)` rows; strides in bytes.
+    fp32); v: address of `form.rows(tokens)` rows in the layout of `lay_v`; v_block: bytes from block to block.
     """
     rows, lanes = form.rows(tokens), form.lanes
 
-    def body(code: _Code, x_rows: Any, v: Any, v_stride: Any, turns: Any, h: Any, h_stride: Any) -> None:
+    def body(code: _Code, x_rows: Any, v: Any, v_block: Any, turns: Any, h: Any, h_stride: Any) -> None:
         x_at = [code.load_i64(x_rows, 8 * t) for t in range(tokens)]
-        v_at = [code.add(v, code.times(v_stride, j)) for j in range(rows)]
-        zero = code.zeros(lanes)
-        x_bytes = lanes * 4
-        v_bytes = lanes * (2 if form.stored == torch.bfloat16 and not form.pairs else 4)
-        with code.loop(turns, [zero] * (tokens * rows)) as (turn, sums):
-            xs = [code.load(code.add(a, code.times(turn, x_bytes)), lanes, form, "x") for a in x_at]
-            vs = [code.load(code.add(a, code.times(turn, v_bytes)), lanes, form, "basis") for a in v_at]
+        blocks = [code.add(v, code.times(v_block, block)) for block in range(-(-rows // BLOCK))]
+        with code.loop(turns, [code.zeros(lanes)] * (tokens * rows)) as (turn, sums):
+            xs = [code.load(code.add(a, code.times(turn, lanes * 4)), lanes, form, "x") for a in x_at]
+            here = [code.add(a, code.times(turn, BLOCK * form.vector_bytes)) for a in blocks]
+            vs = [
+                code.load(code.plus(here[j // BLOCK], j % BLOCK * form.vector_bytes), lanes, form, "basis")
+                for j in range(rows)
+            ]
             sums[:] = [code.product(form, sums[t * rows + j], xs[t], vs[j]) for t in range(tokens) for j in range(rows)]
         total = code.sums_of(sums)
         for t in range(tokens):
@@ -99,30 +123,29 @@ def shrink_tile(form: Form, tokens: int) -> Any:
             code.store(part, code.add(h, code.times(h_stride, t)))
 
     @intrinsic
-    def tile(context, x_rows, v, v_stride, turns, h, h_stride):  # type: ignore[no-untyped-def]
+    def tile(context, x_rows, v, v_block, turns, h, h_stride):  # type: ignore[no-untyped-def]
         return types.void(*[types.int64] * 6), _generating(body)
 
     return tile
 
 
 def expand_tile(form: Form, tokens: int, vectors: int) -> Any:
-    """numba intrinsic ``(y_rows, offset, u, u_stride, g, g_stride, turns)``: ``y[t, o] += Σ_r U[r, o] · g[t, r]``.
+    """numba intrinsic ``(y_rows, offset, u, u_block, g, g_stride, turns)``: ``y[t, o] += Σ_r U[o, r] · g[t, r]``.
 
-    All int64. y_rows: address of the addresses of ``tokens`` rows; offset: of the first output in a row; u: address of
-    its basis numbers, ``turns`` rows of them (of pairs of r, or of r); g: fp32 [tokens, R], or pairs of bf16; strides
-    and offset in bytes. y is rounded once.
+    All int64. y_rows: address of the addresses of ``tokens`` rows; offset: bytes to the first output in a row; u:
+    address of ``vectors`` blocks in the layout of `lay_u`, ``u_block`` bytes apart, of ``turns`` vectors each; g: fp32
+    [tokens, R], or pairs of bf16, its rows ``g_stride`` bytes apart. y is rounded once.
     """
     lanes = form.lanes
     width = 2 if form.stored == torch.bfloat16 else 4
 
-    def body(code: _Code, y_rows: Any, offset: Any, u: Any, u_stride: Any, g: Any, g_stride: Any, turns: Any) -> None:
+    def body(code: _Code, y_rows: Any, offset: Any, u: Any, u_block: Any, g: Any, g_stride: Any, turns: Any) -> None:
         y_at = [code.add(code.load_i64(y_rows, 8 * t), offset) for t in range(tokens)]
         g_at = [code.add(g, code.times(g_stride, t)) for t in range(tokens)]
-        u_bytes = lanes * (2 if form.stored == torch.bfloat16 and not form.pairs else 4)
+        blocks = [code.add(u, code.times(u_block, k)) for k in range(vectors)]
         before = [code.load_output(code.plus(a, k * lanes * width), form) for a in y_at for k in range(vectors)]
         with code.loop(turns, before) as (turn, sums):
-            row = code.add(u, code.multiply(turn, u_stride))
-            us = [code.load(code.plus(row, k * u_bytes), lanes, form, "basis") for k in range(vectors)]
+            us = [code.load(code.add(a, code.times(turn, form.vector_bytes)), lanes, form, "basis") for a in blocks]
             gs = [code.broadcast(code.add(a, code.times(turn, 4)), form) for a in g_at]
             sums[:] = [
                 code.product(form, sums[t * vectors + k], gs[t], us[k]) for t in range(tokens) for k in range(vectors)
@@ -132,7 +155,7 @@ def expand_tile(form: Form, tokens: int, vectors: int) -> Any:
                 code.store_output(sums[t * vectors + k], code.plus(address, k * lanes * width), form)
 
     @intrinsic
-    def tile(context, y_rows, offset, u, u_stride, g, g_stride, turns):  # type: ignore[no-untyped-def]
+    def tile(context, y_rows, offset, u, u_block, g, g_stride, turns):  # type: ignore[no-untyped-def]
         return types.void(*[types.int64] * 7), _generating(body)
 
     return tile
@@ -162,9 +185,6 @@ class _Code:
 
     def times(self, a: Any, number: int) -> Any:
         return self._b.mul(a, ir.Constant(_I64, number))
-
-    def multiply(self, a: Any, b: Any) -> Any:
-        return self._b.mul(a, b)
 
     def load_i64(self, address: Any, offset: int) -> Any:
         return self._load(self.plus(address, offset), _I64, 8)

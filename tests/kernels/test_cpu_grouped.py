@@ -52,11 +52,12 @@ class Problem:
         self.sigma = rand(SLOTS, len(widths), rank) if diagonal else rand(SLOTS, len(widths), rank, rank)
         self.y, self.x = rand(tokens, sum(widths)).to(stored), rand(tokens, d_in).to(stored)
         self.linear = PackedLinear(widths, d_in, rank, CLUSTERS, form, self.sigma)
-        for i, (u, v) in enumerate(zip(self.u, self.v, strict=True)):
-            self.linear.v_of(i).copy_(v)
-            for cluster in range(CLUSTERS):
-                self.linear.write_u(cluster, i, u[cluster])
+        for cluster in range(CLUSTERS):
+            self.write(cluster)
         self.form = form
+
+    def write(self, cluster: int) -> None:
+        self.linear.write(cluster, [u[cluster] for u in self.u], [v[cluster] for v in self.v])
 
     def check(self, clusters: np.ndarray, slots: np.ndarray, threads: int | None = None) -> torch.Tensor:
         who = clusters.tolist(), slots.tolist()
@@ -172,7 +173,8 @@ def test_an_overwritten_scaling_slot_and_basis_count_at_the_next_call():
     problem.check(of_slots(slots), slots)
     problem.sigma[1] *= -2
     problem.u[0][2] += 1
-    problem.linear.write_u(2, 0, problem.u[0][2])
+    problem.v[1][2] *= 3
+    problem.write(2)
     problem.check(of_slots(slots), slots)
 
 

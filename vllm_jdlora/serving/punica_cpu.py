@@ -103,21 +103,21 @@ class LayerPunicaCPU:
 def _take_over(layer: Any, sigma: torch.Tensor, form: Form) -> PackedLinear:
     """The layer's bases in the kernel's layout; vLLM goes on writing them slot by slot through `set_lora`.
 
-    V is written through views. U's layout is no view of [d_out, R]: vLLM writes one slot into a stage that stands for
-    all of them, and it is laid down from there.
+    The layout is no view of [d_out, R] and [R, d_in]: vLLM writes one slot into a stage that stands for all of them,
+    and it is laid down from there.
     """
     old_a, old_b = layer.lora_a_stacked, layer.lora_b_stacked
     slots, _, rank, d_in = old_a[0].shape
     packed = PackedLinear([b.shape[2] for b in old_b], d_in, rank, slots, form, sigma)
-    stage = [torch.zeros(b.shape[2], rank) for b in old_b]
-    layer.lora_a_stacked = tuple(packed.v_of(i)[:, None] for i in range(len(old_a)))
-    layer.lora_b_stacked = tuple(u.expand(slots, 1, *u.shape) for u in stage)
+    v = [torch.zeros_like(a[0, 0]) for a in old_a]
+    u = [torch.zeros_like(b[0, 0]) for b in old_b]
+    layer.lora_a_stacked = tuple(stage.expand(slots, 1, *stage.shape) for stage in v)
+    layer.lora_b_stacked = tuple(stage.expand(slots, 1, *stage.shape) for stage in u)
 
     def laying_down(write: Callable[..., None]) -> Callable[..., None]:
         def written(index: int, *args: Any, **kwargs: Any) -> None:
             write(index, *args, **kwargs)
-            for i, u in enumerate(stage):
-                packed.write_u(index, i, u)
+            packed.write(index, u, v)
 
         return written
 
