@@ -97,6 +97,8 @@ def test_one_process_with_fewer_slots_than_adapters_equals_merged_weights(served
     check_against_merged_weights(served, out["interrupted"], INTERRUPTED)
     assert out["statistics"][0]["resident"] == 2
     assert out["statistics"][0]["wrapped_modules"] == 4 * tiny_llama.LAYERS  # no lm_head, no embeddings
+    # vLLM's runner tells the manager requests, and a batch that goes on decoding is not planned again.
+    assert 0 < out["statistics"][0]["plans"] < out["statistics"][0]["steps"]
 
 
 def test_two_tensor_parallel_processes_equal_merged_weights_with_diagonal_scalings_and_bases_in_8_bits(served):

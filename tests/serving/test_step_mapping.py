@@ -160,19 +160,25 @@ def test_a_step_that_repeats_is_not_planned_again_until_something_moves(manager,
         worker.add_adapter(other)
     run()
     assert len(planned) == 3
-    run([(request, 2) for request, _ in rows])  # other token counts
-    assert len(planned) == 4
     run([(compressed(5, lora_id=1), 1), *rows[1:]])  # an id that comes back for another adapter
+    assert len(planned) == 4
+    run([(request, 2) for request, _ in rows])  # other token counts
     assert len(planned) == 5
+    manager.remove_adapter(PLAIN_ID)
+    assert not manager.is_planned(step_of([(request, 2) for request, _ in rows]))
 
 
 def test_adapters_of_a_step_that_repeats_are_not_the_least_recently_used(manager, worker):
     rows = [(compressed(0), 1)]
     worker.set_active_requests(step_of(rows))
-    for adapter in range(1, SCALING_SLOTS):
-        worker.add_adapter(compressed(adapter))
+    others = [compressed(adapter) for adapter in range(1, SCALING_SLOTS)]
+    for request in others:
+        worker.add_adapter(request)
     worker.set_active_requests(step_of(rows))
+    for request in others:  # resident already: the plan stays
+        worker.add_adapter(request)
     worker.set_active_requests(step_of(rows))
+    assert len(manager._punica.steps) == 2
     worker.add_adapter(compressed(SCALING_SLOTS))  # one slot too few
     assert 0 in manager._slots and 1 not in manager._slots
 

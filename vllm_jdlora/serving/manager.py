@@ -310,4 +310,6 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
             "clusters": self._clusters,
             "plain": sum(i < FIRST_BASE_ID for i in self._registered_adapters.cache),
             "wrapped_modules": len(self.modules),
+            "steps": self._planner.steps,
+            "plans": self._planner.plans,
         }

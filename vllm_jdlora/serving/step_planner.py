@@ -35,7 +35,12 @@ class _Planned:
 
 
 class StepPlanner:
-    """Turns a step's requests into base and scaling slot of each token, for the punica wrapper."""
+    """Turns a step's requests into base and scaling slot of each token, for the punica wrapper.
+
+    Attributes:
+        steps: how many steps there were.
+        plans: how many of them were planned; the others repeated the step before.
+    """
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class StepPlanner:
         self._directory, self._slots, self._punica = directory, slots, punica
         self._place_of_other = place_of_other
         self._planned: _Planned | None = None
+        self.steps = self.plans = 0
 
     def forget(self) -> None:
         """An adapter has moved, or a weight has changed: the next step is planned anew."""
@@ -65,6 +71,7 @@ class StepPlanner:
         Returns:
             The LoRA ids of the step that are not compressed adapters, or ``None`` where the step must be planned.
         """
+        self.steps += 1
         planned = self._planned
         if planned is None or planned.key != step.key or not step.asks_for(planned.adapters):
             return None
@@ -73,7 +80,7 @@ class StepPlanner:
 
     def plan(self, step: StepRequests) -> None:
         """Plan a step whose adapters are all active."""
-        self._planned = None
+        self.plans += 1
         slots, plain = self.plan_runs(step.lora_ids, step.tokens)
         self._planned = _Planned(step.key, step.adapters, slots, plain)
 
