@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from vllm_jdlora.kernels import traffic
-from vllm_jdlora.kernels.gpu_check import Problem, make_problem
+from vllm_jdlora.kernels.gpu_problem import Problem, make_problem
+from vllm_jdlora.kernels.token_tiles import DECODE_ROWS
 from vllm_jdlora.kernels.traffic import MISTRAL_7B, ModuleShape
 
 ALL = {"tokens": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512), "clusters": (1, 4, 16, 64, 128), "ranks": (8, 16, 32, 64)}
@@ -64,9 +65,11 @@ def benchmark(
 ) -> Iterator[dict[str, Any]]:
     """One row for each condition, as it is measured: who ran, µs, bytes that had to move, and GB/s of them.
 
-    Rows named ``ours`` are compressed adapters, all distinct in the batch; ``ours, uncompressed`` the same kernels on
-    rank-16 adapters without shared bases; ``vllm, equal memory`` vLLM's kernels with as many rank-16 slots as take the
-    memory of our bases and the batch's scalings, tokens spread over them.
+    Rows named ``ours`` are compressed adapters, all distinct in the batch, in the form that serving chooses; for small
+    batches both forms, ``ours, by cluster`` and ``ours, all clusters``, stand beside it; ``ours, int8`` and ``ours,
+    fp8`` have bases of 8 bits. ``ours, uncompressed`` are the same kernels on rank-16 adapters without shared bases;
+    ``vllm, equal memory`` vLLM's kernels with as many rank-16 slots as take the memory of our bases (of 16 bits) and
+    the batch's scalings, tokens spread over them.
     """
     sizes = sizes or (QUICK if quick else ALL)
     timer = timer or GraphTimer()
@@ -115,21 +118,39 @@ def _module(
     own = _problem(shape, tokens, STOCK_RANK, tokens, device, dtype)
     own.sigma.copy_(torch.eye(STOCK_RANK))
     measured = timer(partial(own.run_, own.y))
-    yield _row("ours, uncompressed", measured, traffic.compressed(shape, tokens, STOCK_RANK, tokens, card))
+    model = traffic.compressed(shape, tokens, STOCK_RANK, tokens, card, used=tokens)
+    yield _row("ours, uncompressed", measured, model)
     del own
     for rank in sizes["ranks"]:
         for clusters in sizes["clusters"]:
             at = {"rank": rank, "clusters": clusters}
-            ours = _problem(shape, tokens, rank, clusters, device, dtype)
-            # Tokens are spread evenly, so min(T, K) clusters are read, not the model's expectation for random ones.
-            model = traffic.compressed(shape, tokens, rank, min(tokens, clusters), card)
-            yield at | _row("ours", timer(partial(ours.run_, ours.y)), model)
+            for who, options in _forms(tokens).items():
+                ours = _problem(shape, tokens, rank, clusters, device, dtype, **options)
+                model = traffic.compressed(
+                    shape,
+                    tokens,
+                    rank,
+                    ours.module.clusters,
+                    card,
+                    base_bits=16 if ours.module.eight_bit is None else 8,
+                    dense=options.get("dense"),
+                    used=min(tokens, clusters),
+                )
+                yield at | _row(who, timer(partial(ours.run_, ours.y)), model)
+                del ours
             slots = equal_memory_slots(shape, tokens, rank, clusters)
-            del ours
             stock = stock_launches(shape, tokens, slots, device, dtype)
             if stock is not None:
                 moved = traffic.stock(shape, min(tokens, slots), STOCK_RANK, card)
                 yield at | {"slots": slots} | _row("vllm, equal memory", timer(stock), moved)
+
+
+def _forms(tokens: int) -> dict[str, dict[str, Any]]:
+    """Who runs in a batch of so many tokens, with what of ``make_problem``."""
+    forms: dict[str, dict[str, Any]] = {"ours": {}}
+    if tokens <= DECODE_ROWS:
+        forms |= {"ours, by cluster": {"dense": False}, "ours, all clusters": {"dense": True}}
+    return forms | {"ours, int8": {"eight_bit": torch.int8}, "ours, fp8": {"eight_bit": torch.float8_e4m3fn}}
 
 
 def equal_memory_slots(shape: ModuleShape, tokens: int, rank: int, clusters: int) -> int:
@@ -174,8 +195,10 @@ def readable(row: Mapping[str, Any]) -> str:
     )
 
 
-def _problem(shape: ModuleShape, tokens: int, rank: int, clusters: int, device: str, dtype: torch.dtype) -> Problem:
-    """A step of as many adapters as tokens."""
+def _problem(
+    shape: ModuleShape, tokens: int, rank: int, clusters: int, device: str, dtype: torch.dtype, **options: Any
+) -> Problem:
+    """A step of as many adapters as tokens, in the K clusters."""
     problem = make_problem(
         shape.d_in,
         shape.widths,
@@ -185,8 +208,9 @@ def _problem(shape: ModuleShape, tokens: int, rank: int, clusters: int, device: 
         tokens=tokens,
         dtype=dtype,
         device=device,
+        **options,
     )
-    problem.step(range(tokens))
+    problem.step(range(tokens), clusters)
     return problem
 
 

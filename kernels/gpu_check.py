@@ -8,15 +8,15 @@ there is no GPU; the reason is one line on stderr.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # From a checkout without installation: the package's own folder does not hold its kernels.
@@ -29,8 +29,7 @@ if __name__ == "__main__":
 if TYPE_CHECKING:
     import torch
 
-    from vllm_jdlora.kernels.packed_module import PackedModule
-    from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
+    from vllm_jdlora.kernels.gpu_problem import Problem
 
 # Relative error of y in the Frobenius norm: two roundings to nearest, of Σ V x and of y, with room for half again.
 TOLERANCE = {"bfloat16": 3e-3, "float16": 4e-4}
@@ -39,72 +38,6 @@ SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 class CheckFailed(Exception):
     """A check found a difference; the text says which."""
-
-
-@dataclass
-class Problem:
-    """One packed module and room for steps on it.
-
-    Attributes:
-        u: for each slice [clusters, d_out, R].
-        v: for each slice [clusters, R, d_in].
-        sigma: [slots, slices, R, R].
-        x: [T, d_in].
-        y: [T, sum of d_out], what adapters are added to.
-    """
-
-    kernels: GroupedLoRA
-    module: PackedModule
-    u: list[torch.Tensor]
-    v: list[torch.Tensor]
-    sigma: torch.Tensor
-    x: torch.Tensor
-    y: torch.Tensor
-
-    def step(self, slots: Sequence[int]) -> None:
-        """Plan tokens with these slots; adapter s lies in cluster s mod K, −1 is the base model."""
-        import numpy as np
-
-        slot = np.asarray(slots, dtype=np.int64)
-        self.kernels.tiles.plan(np.where(slot < 0, -1, slot % self.module.clusters), slot)
-
-    def run_(self, y: torch.Tensor) -> torch.Tensor:
-        self.kernels.linear_(y, self.x, self.module, self.sigma)
-        return y
-
-
-def make_problem(
-    d_in: int,
-    widths: Sequence[int],
-    *,
-    rank: int,
-    clusters: int,
-    slots: int,
-    tokens: int,
-    dtype: torch.dtype,
-    device: str,
-    batch_invariant: bool = False,
-) -> Problem:
-    """Seeded random numbers of the size of activations, spread by no factor much."""
-    import torch
-
-    from vllm_jdlora.kernels.packed_module import PackedModule
-    from vllm_jdlora.kernels.token_tiles import TokenTiles
-    from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
-
-    g = torch.Generator(device).manual_seed(rank * 1000 + tokens)
-
-    def rand(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
-
-    v = [rand(clusters, 1, rank, d_in, scale=d_in**-0.5) for _ in widths]
-    u = [rand(clusters, 1, width, rank, scale=rank**-0.5) for width in widths]
-    sigma = rand(slots, len(widths), rank, rank, scale=rank**-0.5)
-    kernels = GroupedLoRA(TokenTiles(tokens, clusters, device), device, batch_invariant)
-    module = PackedModule.of(v, u)
-    kernels.reserve(module)
-    x, y = rand(tokens, d_in), rand(tokens, sum(widths))
-    return Problem(kernels, module, [s[:, 0] for s in u], [s[:, 0] for s in v], sigma, x, y)
 
 
 def mixes(tokens: int, slots: int) -> dict[str, list[int]]:
@@ -117,18 +50,15 @@ def mixes(tokens: int, slots: int) -> dict[str, list[int]]:
     }
 
 
-def require_equal(problem: Problem, y: torch.Tensor, slots: Sequence[int], what: str) -> None:
-    """Raise :class:`CheckFailed` unless y is what the loops give for a step with these slots."""
+def require_equal(problem: Problem, y: torch.Tensor, what: str) -> None:
+    """Raise :class:`CheckFailed` unless y is what the loops give for the problem's step."""
     import torch
 
     from vllm_jdlora.kernels import reference
 
-    padded = [*slots, *[-1] * (len(problem.x) - len(slots))]
-    cluster = [s % problem.module.clusters if s >= 0 else -1 for s in padded]
     x, before, sigma = problem.x.cpu(), problem.y.cpu(), problem.sigma.cpu()
-    u, v = [s.cpu() for s in problem.u], [s.cpu() for s in problem.v]
-    truth = reference.jd_linear(before, x, u, v, sigma, cluster, padded)
-    base = torch.tensor(padded) < 0
+    truth = reference.jd_linear(before, x, problem.u, problem.v, sigma, problem.cluster, problem.slot)
+    base = problem.base_rows
     if not torch.equal(y.cpu()[base], before[base]):
         raise CheckFailed(f"{what}: rows of the base model were changed")
     error = (y.cpu().float() - truth).norm() / truth.norm()
@@ -136,54 +66,77 @@ def require_equal(problem: Problem, y: torch.Tensor, slots: Sequence[int], what:
         raise CheckFailed(f"{what}: relative error {error:.1e}")
 
 
-def check_results(device: str, sizes: Sequence[tuple[int, tuple[int, ...]]], tokens: Sequence[int]) -> int:
-    """Every rank, dtype, batch size and mix against the loops; the number of steps compared."""
+def variants() -> dict[str, dict[str, Any]]:
+    """What else of ``make_problem`` differs between the problems."""
     import torch
 
+    return {
+        "as served": {},
+        "same bits in any batch": {"batch_invariant": True},
+        "diagonal": {"diagonal": True},
+        "by cluster": {"dense": False},
+        "int8": {"eight_bit": torch.int8},
+        "fp8": {"eight_bit": torch.float8_e4m3fn},
+    }
+
+
+def check_results(
+    device: str,
+    sizes: Sequence[tuple[int, tuple[int, ...]]],
+    tokens: Sequence[int],
+    ranks: Sequence[int] = (8, 16, 32, 64, 128),
+) -> int:
+    """Every rank, dtype, batch size, variant and mix against the loops; the number of steps compared."""
+    import torch
+
+    from vllm_jdlora.kernels.gpu_problem import make_problem
+
     compared = 0
-    for rank in (8, 16, 32, 64, 128):
-        for dtype in (torch.bfloat16, torch.float16):
-            for count in tokens:
-                d_in, widths = sizes[compared % len(sizes)]
-                for invariant in (False, True):
-                    problem = make_problem(
-                        d_in,
-                        widths,
-                        rank=rank,
-                        clusters=5,
-                        slots=12,
-                        tokens=count,
-                        dtype=dtype,
-                        device=device,
-                        batch_invariant=invariant,
-                    )
-                    for name, slots in mixes(count, 12).items():
-                        problem.step(slots)
-                        y = problem.run_(problem.y.clone())
-                        again = problem.run_(problem.y.clone())
-                        what = f"{widths} R {rank} {dtype} T {count} {name}"
-                        require_equal(problem, y, slots, what)
-                        if not torch.equal(y, again):
-                            raise CheckFailed(f"{what}: a second run gave other bits")
-                        compared += 1
+    for rank, dtype, count in itertools.product(ranks, (torch.bfloat16, torch.float16), tokens):
+        d_in, widths = sizes[compared // len(variants()) % len(sizes)]
+        for variant, options in variants().items():
+            problem = make_problem(
+                d_in,
+                widths,
+                rank=rank,
+                clusters=5,
+                slots=12,
+                tokens=count,
+                dtype=dtype,
+                device=device,
+                **options,
+            )
+            for name, slots in mixes(count, 12).items():
+                problem.step(slots)
+                y = problem.run_(problem.y.clone())
+                again = problem.run_(problem.y.clone())
+                what = f"{widths} R {rank} {dtype} T {count} {variant}, {name}"
+                require_equal(problem, y, what)
+                if not torch.equal(y, again):
+                    raise CheckFailed(f"{what}: a second run gave other bits")
+                compared += 1
     return compared
 
 
-def check_replay(tokens: int = 48) -> int:
+def check_replay() -> int:
     """A graph captured with two adapters follows steps with more adapters, other clusters, and none; how many."""
     import torch
 
+    from vllm_jdlora.kernels.gpu_problem import make_problem
+
     replayed = 0
-    for rank in (16, 64):
+    # At 12 tokens the shrink takes the V of all clusters.
+    for rank, tokens, eight_bit in ((16, 48, None), (64, 48, None), (64, 48, torch.int8), (16, 12, None)):
         problem = make_problem(
             4096,
             (4096, 1024, 1024),
             rank=rank,
-            clusters=7,
+            clusters=5,
             slots=40,
             tokens=tokens,
             dtype=torch.bfloat16,
             device="cuda",
+            eight_bit=eight_bit,
         )
         problem.step([0, 1] * (tokens // 2))
         y = problem.run_(problem.y.clone())  # compiles before the capture
@@ -191,12 +144,13 @@ def check_replay(tokens: int = 48) -> int:
         with torch.cuda.graph(graph):
             problem.run_(y)
         for name, slots in mixes(tokens, 40).items():
+            what = f"replay, R {rank}, T {tokens}, {eight_bit or '16 bits'}, {name}"
             problem.step(slots)
             y.copy_(problem.y)
             graph.replay()
-            require_equal(problem, y, slots, f"replay, R {rank}, {name}")
+            require_equal(problem, y, what)
             if not torch.equal(y, problem.run_(problem.y.clone())):
-                raise CheckFailed(f"replay, R {rank}, {name}: other bits than without a graph")
+                raise CheckFailed(f"{what}: other bits than without a graph")
             replayed += 1
         taken = torch.cuda.memory_stats()["allocation.all.allocated"]
         problem.run_(y)

@@ -41,6 +41,7 @@ class TokenTiles:
         live: how many of them have an adapter.
         sorted_token: int32 [capacity], the token of each sorted row; rows from ``live`` on mean nothing.
         sorted_slot: int32 [capacity], its scaling slot; −1 from ``live`` on.
+        sorted_cluster: int32 [capacity], its cluster; −1 from ``live`` on.
     """
 
     def __init__(self, capacity: int, clusters: int, device: torch.device | str):
@@ -53,15 +54,16 @@ class TokenTiles:
         self.capacity, self.clusters = capacity, clusters
         self.tokens = self.live = 0
         counts = {rows: max_tiles(capacity, rows, clusters) for rows in (DECODE_ROWS, PREFILL_ROWS)}
-        sizes = [capacity, capacity] + [3 * _round_up(count) for count in counts.values()]
+        sizes = [capacity] * 3 + [3 * _round_up(count) for count in counts.values()]
         # Every part starts at a multiple of 16 bytes, so that no launch compiles for another alignment.
         self._starts = [0, *np.cumsum([_round_up(size) for size in sizes]).tolist()]
         self._packed = torch.full((self._starts[-1],), -1, dtype=torch.int32, device=device)
         self.sorted_token = self._packed[self._starts[0] :][:capacity]
         self.sorted_slot = self._packed[self._starts[1] :][:capacity]
+        self.sorted_cluster = self._packed[self._starts[2] :][:capacity]
         self._tiles = {
             rows: self._packed[start:][: 3 * _round_up(count)].view(3, -1)
-            for (rows, count), start in zip(counts.items(), self._starts[2:], strict=False)
+            for (rows, count), start in zip(counts.items(), self._starts[3:], strict=False)
         }
 
     def tiles(self, rows: int) -> torch.Tensor:
@@ -106,9 +108,10 @@ class TokenTiles:
         shift = np.repeat(starts - (ends - lengths), lengths)
         host[: self.capacity][:live] = shift + np.arange(live)
         host[self._starts[1] :][:live] = np.repeat(slots, lengths)
+        host[self._starts[2] :][:live] = np.repeat(clusters, lengths)
         first_runs, _ = runs(clusters)
         counts = np.add.reduceat(lengths, first_runs)
-        for start, (rows, device_tiles) in zip(self._starts[2:], self._tiles.items(), strict=False):
+        for start, (rows, device_tiles) in zip(self._starts[3:], self._tiles.items(), strict=False):
             tiles = host[start:][: device_tiles.numel()].reshape(3, -1)
             _cut(tiles, clusters[first_runs], counts, rows)
         return live

@@ -18,13 +18,14 @@ _WIDTH, _SCRATCH_WIDTH = 2, 4  # bytes of a number: bf16 weights and activations
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU in five numbers; rates are what large kernels reach, not data sheets."""
+    """A GPU in six numbers; rates are what large kernels reach, not data sheets."""
 
     memory: float  # GB/s
     l2: float  # GB/s
     tensor: float  # TFLOP/s in bf16
     multiprocessors: int
-    launch: float  # µs that a launch inside a CUDA graph adds
+    launch: float  # µs that a launch inside a CUDA graph adds, with the look-ups of its tiles
+    lookup: float = 0.5  # µs of it from asking for a tile's cluster to having it: an assumption
 
 
 CARDS = {
@@ -113,28 +114,56 @@ def compressed(
     *,
     fused: bool | None = None,
     diagonal: bool = False,
+    base_bits: int = 16,
+    dense: bool | None = None,
+    used: float | None = None,
 ) -> Traffic:
-    """Shrink, Σ, expand of ``triton_grouped.py``; ``fused``: Σ in the expand (None: as serving chooses)."""
+    """Shrink, Σ, expand of ``triton_grouped.py``.
+
+    Args:
+        shape: of the module.
+        tokens: T, each with an adapter of its own.
+        rank: R.
+        clusters: K, all equally popular.
+        card: the GPU.
+        fused: Σ in the expand; None: as serving chooses.
+        diagonal: JD-Diag's Σ.
+        base_bits: 16, or 8 with a scale for each direction; then Σ V x stays fp32 on its way to the expand.
+        dense: the shrink takes the V of all clusters; None: as serving chooses.
+        used: clusters that have a token; None: as many as are expected.
+    """
     from vllm_jdlora.kernels.triton_grouped import fuses_scaling
 
     if fused is None:
         fused = fuses_scaling(tokens, rank, batch_invariant=False)
     slices = len(shape.widths)
-    sizes = Launch.of(tokens, clusters, slices * rank, shape.d_in, card.multiprocessors, batch_invariant=False)
-    used = clusters_used(tokens, clusters)
+    sizes = Launch.of(
+        tokens,
+        clusters,
+        slices * rank,
+        shape.d_in,
+        card.multiprocessors,
+        batch_invariant=False,
+        number_bytes=base_bits // 8,
+        dense=dense,
+    )
+    used = clusters_used(tokens, clusters) if used is None else used
     tiles = min(tokens, used + tokens / sizes.rows)
-    v, u = slices * rank * shape.d_in * _WIDTH, rank * shape.d_out * _WIDTH
+    v_tiles, v_used = (sizes.tiles * clusters, clusters) if sizes.dense else (tiles, used)
+    v, u = slices * rank * shape.d_in * base_bits // 8, rank * shape.d_out * base_bits // 8
+    if base_bits == 8:
+        v, u = v + slices * rank * _SCRATCH_WIDTH, u + slices * rank * _SCRATCH_WIDTH
     scalings = tokens * slices * rank * (1 if diagonal else rank) * _WIDTH
     x, y = tokens * shape.d_in * _WIDTH, 2 * tokens * shape.d_out * _WIDTH
     parts = sizes.parts * tokens * slices * rank * _SCRATCH_WIDTH
-    scaled = tokens * slices * rank * _WIDTH
+    scaled = tokens * slices * rank * (_WIDTH if base_bits == 16 else _SCRATCH_WIDTH)
     shrink = _launch(
         card,
-        weights=used * v,
+        weights=v_used * v,
         activations=x,
-        again=(tiles - used) * v + parts,
-        flops=2 * tiles * sizes.rows * slices * rank * shape.d_in,
-    )
+        again=(v_tiles - v_used) * v + parts,
+        flops=2 * v_tiles * sizes.rows * slices * rank * shape.d_in,
+    ) + Traffic(microseconds=-card.lookup if sizes.dense else 0)
     flops = 2 * tiles * sizes.rows * rank * shape.d_out
     # Programs of one slice's columns each read its tokens' part of g, or of h and Σ.
     readers = sum(-(-width // BLOCK_COLUMNS) for width in shape.widths) / slices
@@ -149,10 +178,20 @@ def compressed(
 
 
 def layer(
-    shapes: Sequence[ModuleShape], tokens: int, card: Card, rank: int, clusters: int, *, diagonal: bool = False
+    shapes: Sequence[ModuleShape],
+    tokens: int,
+    card: Card,
+    rank: int,
+    clusters: int,
+    *,
+    diagonal: bool = False,
+    base_bits: int = 16,
 ) -> Traffic:
     """All modules of a layer as bases and scalings."""
-    return sum((compressed(shape, tokens, rank, clusters, card, diagonal=diagonal) for shape in shapes), Traffic())
+    modules = (
+        compressed(shape, tokens, rank, clusters, card, diagonal=diagonal, base_bits=base_bits) for shape in shapes
+    )
+    return sum(modules, Traffic())
 
 
 def stock_layer(shapes: Sequence[ModuleShape], tokens: int, card: Card, rank: int) -> Traffic:

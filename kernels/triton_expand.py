@@ -17,17 +17,20 @@ except ImportError:  # CPU installations have no Triton
 from vllm_jdlora.kernels.packed_module import BLOCK_COLUMNS, PackedModule
 from vllm_jdlora.kernels.token_tiles import TokenTiles, max_tiles
 from vllm_jdlora.kernels.triton_sigma import DIAGONAL, NO_SCALING, block_of, scaling_of
+from vllm_jdlora.kernels.triton_widen import FP8, INT8, WIDE, widened
 
-_MAX_BLOCK_R = 128
+_MAX_BLOCK_R = {WIDE: 128, INT8: 64, FP8: 64}  # more of U at a time costs registers; 8 bits become 16
 PARTS_AT_A_TIME = 8
 
 
-def constants_of(rank: int, slices: int, rows: int, hint: int, scaling: int, add_inputs: bool) -> dict[str, int]:
+def constants_of(
+    rank: int, slices: int, rows: int, hint: int, scaling: int, add_inputs: bool, stored: int = WIDE
+) -> dict[str, int]:
     """Compile-time sizes of one launch; larger chunks of Σ cost registers, and spill from R = 64 on."""
     return {
         "SLICES": slices,
         "R": rank,
-        "BLOCK_R": block_of(rank) if scaling else min(_MAX_BLOCK_R, block_of(rank)),
+        "BLOCK_R": block_of(rank) if scaling else min(_MAX_BLOCK_R[stored], block_of(rank)),
         "BLOCK_M": rows,
         "BLOCK_N": BLOCK_COLUMNS,
         "SCALING": scaling,
@@ -35,6 +38,7 @@ def constants_of(rank: int, slices: int, rows: int, hint: int, scaling: int, add
         "PARTS": PARTS_AT_A_TIME,
         "HINT": hint,
         "ADD": int(add_inputs),
+        "STORED": stored,
     }
 
 
@@ -45,11 +49,50 @@ def warps_of(rank: int, rows: int, scaling: int) -> int:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["tokens", "parts"])
+    @triton.jit
+    def _directions(  # type: ignore[no-untyped-def]
+        u_pointers_ptr,
+        module_slice,
+        cluster,
+        eight_bit_clusters,
+        n,
+        j,
+        width,
+        R: tl.constexpr,
+        SLICES: tl.constexpr,
+        STORED: tl.constexpr,
+        dtype: tl.constexpr,
+    ):
+        """Uᵀ of a cluster at rows n of U and columns j, as ``dtype`` [j, n]; 8-bit ones without their scales."""
+        inside = (n < width)[None, :] & (j < R)[:, None]
+        at = n[None, :] * R + j[:, None]
+        # The hint must sit on the pointer, not on the integer: without it weights are loaded 2 bytes at a time.
+        wide = tl.multiple_of(tl.load(u_pointers_ptr + module_slice).to(tl.pointer_type(dtype)), 16)
+        if STORED == 0:
+            u = tl.load(wide + cluster.to(tl.int64) * width * R + at, mask=inside, other=0)
+        elif cluster < eight_bit_clusters:
+            narrow = tl.load(u_pointers_ptr + SLICES + module_slice).to(tl.pointer_type(tl.int8))
+            narrow = tl.multiple_of(narrow, 16) + cluster.to(tl.int64) * width * R
+            u = widened(tl.load(narrow + at, mask=inside, other=0), STORED, dtype)
+        else:
+            wide_cluster = (cluster - eight_bit_clusters).to(tl.int64)
+            u = tl.load(wide + wide_cluster * width * R + at, mask=inside, other=0)
+        return u
+
+    @triton.jit
+    def _scales(  # type: ignore[no-untyped-def]
+        u_scale_ptr, module_slice, cluster, eight_bit_clusters, j, R: tl.constexpr, SLICES: tl.constexpr
+    ):
+        """Scales of U's columns j, fp32; 1 for wide clusters."""
+        columns = tl.where(cluster < eight_bit_clusters, R, 0)
+        return tl.load(u_scale_ptr + (cluster * SLICES + module_slice) * R + j, mask=j < columns, other=1.0)
+
+    @triton.jit(do_not_specialize=["tokens", "parts", "eight_bit_clusters"])
     def expand_kernel(  # type: ignore[no-untyped-def]
         g_ptr,
         sigma_ptr,
         u_pointers_ptr,
+        u_scale_ptr,
         y_ptr,
         column_ptr,
         tile_ptr,
@@ -57,6 +100,7 @@ if triton is not None:
         slot_ptr,
         tokens,
         parts,
+        eight_bit_clusters,
         tile_stride,
         y_stride,
         first_column,
@@ -72,9 +116,13 @@ if triton is not None:
         PARTS: tl.constexpr,
         HINT: tl.constexpr,
         ADD: tl.constexpr,
+        STORED: tl.constexpr,
     ):
         """Grid (column tiles, tiles). SCALING 0: g [slices, tokens, R] holds Σ V x. Else g is h of the shrink,
-        fp32 [parts, slices, tokens, R], and Σ is full (1) or diagonal (2). Rows of both are sorted rows."""
+        fp32 [parts, slices, tokens, R], and Σ is full (1) or diagonal (2). Rows of both are sorted rows.
+
+        STORED: the first ``eight_bit_clusters`` are int8 (1) or fp8 (2); the others, and all with 0, are wide.
+        """
         tile = tl.program_id(1)
         cluster = tl.load(tile_ptr + tile)
         if cluster < 0:
@@ -90,9 +138,6 @@ if triton is not None:
         live = m < length
         token = tl.load(token_ptr + start + m, mask=live, other=0)
         dtype: tl.constexpr = y_ptr.dtype.element_ty
-        # The hint must sit on the pointer, not on the integer: without it weights are loaded 2 bytes at a time.
-        u_slice = tl.multiple_of(tl.load(u_pointers_ptr + module_slice).to(tl.pointer_type(dtype)), 16)
-        u_cluster = u_slice + cluster.to(tl.int64) * width * R
         n = first + tl.arange(0, BLOCK_N)
         g_row = g_ptr + (module_slice.to(tl.int64) * tokens + start + m) * R
         if SCALING == 0:
@@ -100,8 +145,11 @@ if triton is not None:
             for first_j in range(0, R, BLOCK_R):
                 j = first_j + tl.arange(0, BLOCK_R)
                 g = tl.load(g_row[:, None] + j[None, :], mask=live[:, None] & (j < R)[None, :], other=0.0)
-                u = tl.load(
-                    u_cluster + n[None, :] * R + j[:, None], mask=(n < width)[None, :] & (j < R)[:, None], other=0.0
+                if STORED != 0:
+                    scale = _scales(u_scale_ptr, module_slice, cluster, eight_bit_clusters, j, R, SLICES)
+                    g = (g * scale[None, :]).to(dtype)
+                u = _directions(
+                    u_pointers_ptr, module_slice, cluster, eight_bit_clusters, n, j, width, R, SLICES, STORED, dtype
                 )
                 sums = tl.dot(g, u, sums)
         else:
@@ -130,8 +178,10 @@ if triton is not None:
                 for part in range(parts):
                     scaled += tl.load(g_row[:, None] + part * part_stride + i[None, :], mask=inside, other=0.0)
                 scaled *= tl.load(scaling[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
-            u = tl.load(
-                u_cluster + n[None, :] * R + i[:, None], mask=(n < width)[None, :] & (i < R)[:, None], other=0.0
+            if STORED != 0:
+                scaled *= _scales(u_scale_ptr, module_slice, cluster, eight_bit_clusters, i, R, SLICES)[None, :]
+            u = _directions(
+                u_pointers_ptr, module_slice, cluster, eight_bit_clusters, n, i, width, R, SLICES, STORED, dtype
             )
             sums = tl.dot(scaled.to(dtype), u)
         y_row = y_ptr + token.to(tl.int64) * y_stride + first_column + column
@@ -158,8 +208,9 @@ def jd_expand_(
     """``y[token(p)] += U[c(p), i] · g[i, p]`` for every sorted row p with an adapter; other rows keep their bits.
 
     Args:
-        y: dtype of U [T, columns], rows dense.
-        g: without ``sigma`` dtype of U, seen as [slices, T, R]; with it h of the shrink, fp32 [parts, slices, T, R].
+        y: fp16 or bf16 [T, columns], rows dense.
+        g: without ``sigma`` dtype of y, or fp32 for bases of 8 bits, whose scales it is still to be multiplied with;
+            seen as [slices, T, R]. With it h of the shrink, fp32 [parts, slices, T, R].
         sigma: to apply to h here: [slots, slices, R, R] or [slots, slices, R]; None: g is scaled already.
         module: holds U.
         tiles: the step's plan.
@@ -171,10 +222,13 @@ def jd_expand_(
     """
     step = tiles.tiles(rows)
     scaling = NO_SCALING if sigma is None else scaling_of(sigma)
+    eight_bit = module.eight_bit
+    stored = WIDE if eight_bit is None else eight_bit.stored
     expand_kernel[(len(module.columns), max_tiles(tokens, rows, tiles.clusters))](
         g,
         g if sigma is None else sigma,
         module.u_pointers,
+        g if eight_bit is None else eight_bit.u_scale,
         y,
         module.columns,
         step,
@@ -182,12 +236,13 @@ def jd_expand_(
         tiles.sorted_slot,
         tokens,
         parts,
+        0 if eight_bit is None else eight_bit.clusters,
         step.stride(0),
         y.stride(0),
         first_column,
         0 if sigma is None else sigma.stride(0),
         0 if sigma is None else sigma.stride(1),
-        **constants_of(module.rank, module.slices, rows, module.hint, scaling, add_inputs),
+        **constants_of(module.rank, module.slices, rows, module.hint, scaling, add_inputs, stored),
         num_warps=warps_of(module.rank, rows, scaling),
         num_stages=1,
     )

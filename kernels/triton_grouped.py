@@ -32,19 +32,27 @@ class GroupedLoRA:
     Launches of all layers follow one another on one stream, so one scratch serves them all.
     """
 
-    def __init__(self, tiles: TokenTiles, device: torch.device | str, batch_invariant: bool = False):
+    def __init__(
+        self,
+        tiles: TokenTiles,
+        device: torch.device | str,
+        batch_invariant: bool = False,
+        *,
+        dense: bool | None = None,
+    ):
         """
         Args:
             tiles: the plan, filled by its owner before each step.
             device: a GPU; the CPU only under Triton's interpreter.
             batch_invariant: equal bits for a token whatever else is in its step.
+            dense: whether every shrink takes the V of all clusters; None: where the traffic model says so.
 
         Raises:
             JDLoRAError: there is no Triton, or the device is the CPU and Triton is not interpreted.
         """
         _require_runnable(torch.device(device))
         self.tiles = tiles
-        self._device, self._batch_invariant = torch.device(device), batch_invariant
+        self._device, self._batch_invariant, self._dense = torch.device(device), batch_invariant, dense
         on_gpu = self._device.type == "cuda"
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
         self._part_rows = most_part_rows(tiles.capacity, self._multiprocessors, batch_invariant)
@@ -59,6 +67,11 @@ class GroupedLoRA:
             self._h = torch.empty(h, dtype=torch.float32, device=self._device)
         if g > self._g.numel():
             self._g = torch.empty(g, dtype=torch.float32, device=self._device)
+
+    def spoil_scratch(self) -> None:
+        """Fill the scratch with NaN, so that a kernel which reads what nothing has written gives itself away."""
+        self._h.fill_(torch.nan)
+        self._g.fill_(torch.nan)
 
     def linear_(
         self, y: torch.Tensor, x: torch.Tensor, module: PackedModule, sigma: torch.Tensor, add_inputs: bool = True
@@ -84,7 +97,7 @@ class GroupedLoRA:
         if fuses_scaling(tokens, rank, self._batch_invariant):
             source, scaling, parts = self._h, sigma, launch.parts
         else:
-            source, scaling, parts = self._scaled(module.dtype), None, 1
+            source, scaling, parts = self._scaled(module), None, 1
             jd_sigma_(source, self._h, sigma, self.tiles, tokens=tokens, parts=launch.parts, slices=slices, rank=rank)
         jd_expand_(
             y, source, scaling, module, self.tiles, tokens=tokens, rows=launch.rows, parts=parts, add_inputs=add_inputs
@@ -129,7 +142,7 @@ class GroupedLoRA:
         _require_rows(y, module.dtype)
         slices, tokens, rank = h.shape
         launch = self._launch(tokens, module)
-        g = self._scaled(module.dtype)
+        g = self._scaled(module)
         jd_sigma_(g, h, sigma, self.tiles, tokens=tokens, parts=1, slices=slices, rank=rank)
         jd_expand_(
             y,
@@ -146,11 +159,19 @@ class GroupedLoRA:
     def _launch(self, tokens: int, module: PackedModule) -> Launch:
         columns = module.slices * module.v_rank
         return Launch.of(
-            tokens, self.tiles.clusters, columns, module.d_in, self._multiprocessors, self._batch_invariant
+            tokens,
+            self.tiles.clusters,
+            columns,
+            module.d_in,
+            self._multiprocessors,
+            self._batch_invariant,
+            number_bytes=2 if module.eight_bit is None else 1,
+            dense=self._dense,
         )
 
-    def _scaled(self, dtype: torch.dtype) -> torch.Tensor:
-        return self._g.view(dtype)
+    def _scaled(self, module: PackedModule) -> torch.Tensor:
+        """Room for Σ V x; in fp32 where the expand has yet to multiply it with scales, so that it is rounded once."""
+        return self._g.view(module.dtype) if module.eight_bit is None else self._g
 
     def _has_work(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
         # While a graph is captured this is the plan of the warm-up; a replay follows the tiles on the device.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -88,48 +89,83 @@ def _cubin_resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage.stdout)}
 
 
-def launches() -> Iterator[tuple[str, Any, dict[str, str], dict[str, int], dict[str, int]]]:
-    """Name, kernel, pointer types, constants and options of the launches that serving makes for bf16 models."""
-    from vllm_jdlora.kernels import token_tiles, triton_expand, triton_shrink, triton_sigma
+Launch = tuple[str, Any, dict[str, str], dict[str, int], dict[str, int]]
+"""Name, kernel, pointer types, constants and options of a launch."""
 
-    tables = dict.fromkeys(("tile_ptr", "token_ptr", "slot_ptr", "column_ptr"), "*i32")
-    tables |= dict.fromkeys(("v_pointers_ptr", "u_pointers_ptr"), "*i64")
-    shrink = tables | {"x_ptr": "*bf16", "h_ptr": "*fp32"}
-    sigma = tables | {"h_ptr": "*fp32", "g_ptr": "*bf16", "sigma_ptr": "*bf16"}
-    expand = tables | {"g_ptr": "*bf16", "sigma_ptr": "*bf16", "y_ptr": "*bf16"}
-    fused = expand | {"g_ptr": "*fp32"}
+
+def launches() -> Iterator[Launch]:
+    """The launches that serving makes for bf16 models with bases of 16 bits."""
+    from vllm_jdlora.kernels import token_tiles, triton_sigma
+
     for rank in COMPILED_RANKS:
         for tokens in (token_tiles.PREFILL_TOKENS, token_tiles.PREFILL_TOKENS + 1):
-            sizes = triton_shrink.Launch.of(tokens, 16, SLICES * rank, 4096, 132, batch_invariant=False)
-            constants = {
-                "SLICES": SLICES,
-                "R": rank,
-                "BLOCK_M": sizes.rows,
-                "BLOCK_N": sizes.block_n,
-                "BLOCK_K": triton_shrink.BLOCK_K,
-            }
-            name = f"R {rank}, {sizes.rows} rows"
-            yield f"shrink, {name}", triton_shrink.shrink_kernel, shrink, constants, {"num_warps": 4, "num_stages": 3}
-            options = {"num_warps": triton_expand.warps_of(rank, sizes.rows, triton_sigma.NO_SCALING), "num_stages": 1}
-            constants = triton_expand.constants_of(rank, SLICES, sizes.rows, 16, triton_sigma.NO_SCALING, True)
-            yield f"expand, {name}", triton_expand.expand_kernel, expand, constants, options
-        options = {"num_warps": triton_sigma.warps_of(rank), "num_stages": 1}
-        constants = triton_sigma.constants_of(rank, SLICES, triton_sigma.FULL)
-        yield f"Σ, R {rank}", triton_sigma.sigma_kernel, sigma, constants, options
-    for scaling, name in ((triton_sigma.FULL, "full"), (triton_sigma.DIAGONAL, "diagonal")):
-        constants = triton_sigma.constants_of(16, SLICES, scaling)
-        if scaling == triton_sigma.DIAGONAL:
-            options = {"num_warps": triton_sigma.warps_of(16), "num_stages": 1}
-            yield "Σ diagonal, R 16", triton_sigma.sigma_kernel, sigma, constants, options
+            yield _shrink(rank, tokens)
+            yield _expand(rank, tokens)
+        yield _sigma(rank, triton_sigma.FULL)
+    yield _sigma(16, triton_sigma.DIAGONAL)
+    for scaling in (triton_sigma.FULL, triton_sigma.DIAGONAL):
         for rank in FUSED_RANKS:
-            constants = triton_expand.constants_of(rank, SLICES, token_tiles.DECODE_ROWS, 16, scaling, True)
-            options = {"num_warps": triton_expand.warps_of(rank, token_tiles.DECODE_ROWS, scaling), "num_stages": 1}
-            yield f"Σ {name} and expand, R {rank}", triton_expand.expand_kernel, fused, constants, options
+            yield _expand(rank, 1, scaling)
+    yield _shrink(64, 1, dense=True)
+
+
+def eight_bit_launches() -> Iterator[Launch]:
+    """Those with clusters of 8 bits beside plain adapters of 16."""
+    from vllm_jdlora.kernels import token_tiles, triton_sigma, triton_widen
+
+    for stored in (triton_widen.INT8, triton_widen.FP8):
+        for tokens in (token_tiles.PREFILL_TOKENS, token_tiles.PREFILL_TOKENS + 1):
+            yield _shrink(64, tokens, stored)
+            yield _expand(64, tokens, stored=stored)
+    int8 = triton_widen.INT8
+    yield _shrink(64, 1, int8, dense=True)
+    yield _expand(128, token_tiles.PREFILL_TOKENS + 1, stored=int8)
+    for rank in FUSED_RANKS:
+        yield _expand(rank, 1, triton_sigma.FULL, int8)
+        yield _expand(rank, 1, triton_sigma.DIAGONAL, int8)
+    yield _sigma(16, triton_sigma.FULL, int8)
+
+
+_TABLES = dict.fromkeys(("tile_ptr", "token_ptr", "slot_ptr", "cluster_ptr", "column_ptr"), "*i32")
+_TABLES |= dict.fromkeys(("v_pointers_ptr", "u_pointers_ptr"), "*i64")
+_TABLES |= dict.fromkeys(("v_scale_ptr", "u_scale_ptr"), "*fp32")
+_SCALINGS = ("", "Σ full and ", "Σ diagonal and ")
+_KINDS = ("", "int8 ", "fp8 ")
+
+
+def _shrink(rank: int, tokens: int, stored: int = 0, dense: bool = False) -> Launch:
+    from vllm_jdlora.kernels import triton_shrink
+
+    sizes = triton_shrink.Launch.of(tokens, 16, SLICES * rank, 4096, 132, False, dense=dense)
+    types = _TABLES | {"x_ptr": "*bf16", "h_ptr": "*fp32"}
+    constants = triton_shrink.constants_of(rank, SLICES, sizes, stored)
+    name = f"{_KINDS[stored]}shrink{' of all clusters' if dense else ''}, R {rank}, {sizes.rows} rows"
+    return name, triton_shrink.shrink_kernel, types, constants, {"num_warps": 4, "num_stages": 3}
+
+
+def _expand(rank: int, tokens: int, scaling: int = 0, stored: int = 0) -> Launch:
+    from vllm_jdlora.kernels import triton_expand, triton_shrink
+
+    rows = triton_shrink.Launch.of(tokens, 16, SLICES * rank, 4096, 132, False).rows
+    types = _TABLES | {"g_ptr": "*fp32" if scaling or stored else "*bf16", "sigma_ptr": "*bf16", "y_ptr": "*bf16"}
+    constants = triton_expand.constants_of(rank, SLICES, rows, 16, scaling, True, stored)
+    options = {"num_warps": triton_expand.warps_of(rank, rows, scaling), "num_stages": 1}
+    name = f"{_KINDS[stored]}{_SCALINGS[scaling]}expand, R {rank}" + ("" if scaling else f", {rows} rows")
+    return name, triton_expand.expand_kernel, types, constants, options
+
+
+def _sigma(rank: int, scaling: int, stored: int = 0) -> Launch:
+    from vllm_jdlora.kernels import triton_sigma
+
+    types = _TABLES | {"h_ptr": "*fp32", "g_ptr": "*fp32" if stored else "*bf16", "sigma_ptr": "*bf16"}
+    options = {"num_warps": triton_sigma.warps_of(rank), "num_stages": 1}
+    name = f"{_KINDS[stored]}Σ{' diagonal' if scaling == triton_sigma.DIAGONAL else ''}, R {rank}"
+    return name, triton_sigma.sigma_kernel, types, triton_sigma.constants_of(rank, SLICES, scaling), options
 
 
 def compile_all() -> Iterator[Compiled]:
     """Every launch on every architecture."""
-    for name, kernel, types, constants, options in launches():
+    for name, kernel, types, constants, options in itertools.chain(launches(), eight_bit_launches()):
         for architecture in ARCHITECTURES:
             yield compile_for(name, kernel, types, constants, architecture, **options)
 

@@ -34,6 +34,14 @@ def test_a_model_of_32_layers_moves_what_32_times_one_layer_moves():
     assert step["compressed"]["share_of_base"] == pytest.approx(32 * one.microseconds / step["base"]["microseconds"])
 
 
+def test_bases_of_8_bits_move_half_of_what_bases_of_16_do():
+    """Scalings stay as they are: 64 of 7 · 16² numbers of two bytes in each layer."""
+    step = facts(tokens=(64,))["steps"][0]
+    scalings = 32 * 64 * 7 * 16**2 * 2
+    bases, eight_bit = (step[name]["bytes"] - scalings for name in ("compressed", "compressed_8_bit"))
+    assert eight_bit == pytest.approx(bases / 2, rel=2e-3)  # and a scale for each direction
+
+
 def test_the_same_slice_of_another_layer_is_another_module():
     slices = [("a.0.q_proj", 8, 16), ("a.1.q_proj", 8, 16), ("a.1.v_proj", 4, 16), ("a.1.up_proj", 8, 32)]
     shapes = [(shape.d_in, shape.widths) for shape in plan_traffic._modules(slices)]
@@ -44,6 +52,7 @@ def test_the_lines_say_that_nothing_was_measured_and_both_sides():
     lines: list[str] = []
     plan_traffic.show_traffic(facts(tokens=(1, 256), card="A100"), lines.append)
     assert "predicted, not measured" in lines[0] and "A100" in lines[0]
+    assert "in 16 and in 8 bits" in lines[0]
     assert len(lines) == 3 and "256 sequences" in lines[2] and "MB plain" in lines[2]
 
 

@@ -7,7 +7,8 @@ full of NaN before every call: a kernel that reads a row which nothing has writt
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,58 +16,31 @@ import torch
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels import reference, triton_grouped
+from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.kernels.gpu_problem import Problem, make_problem
 from vllm_jdlora.kernels.packed_module import PackedModule
-from vllm_jdlora.kernels.token_tiles import TokenTiles
-from vllm_jdlora.kernels.triton_grouped import GroupedLoRA, fuses_scaling
+from vllm_jdlora.kernels.triton_grouped import fuses_scaling
 from vllm_jdlora.kernels.triton_shrink import Launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-CLUSTERS, SLOTS, OTHER_SLICES = 3, 7, 2
+CLUSTERS, SLOTS = 3, 7
 FP32_EPS = 2.0**-23
 # Unit roundoff. The interpreter cuts bf16 off instead of rounding it: twice the error.
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
 KINDS = ("identical", "distinct", "uniform", "one cluster", "base")
 
 
-@dataclass
-class Case:
-    """One packed module and one step of ``tokens`` tokens on ``padded`` rows."""
-
-    module: PackedModule
-    u: list[torch.Tensor]
-    v: list[torch.Tensor]
-    sigma: torch.Tensor
-    x: torch.Tensor
-    y: torch.Tensor
-    cluster: np.ndarray
-    slot: np.ndarray
-    kernels: GroupedLoRA
-
-    def step(self, cluster: np.ndarray, slot: np.ndarray) -> None:
-        self.cluster, self.slot = cluster, slot
-        self.kernels.tiles.plan(cluster, slot)
-
-    def padded(self, values: np.ndarray) -> list[int]:
-        return values.tolist() + [-1] * (len(self.x) - len(values))
-
-    @property
-    def base_rows(self) -> torch.Tensor:
-        pairs = zip(self.padded(self.cluster), self.padded(self.slot), strict=True)
-        return torch.tensor([cluster < 0 or slot < 0 for cluster, slot in pairs])
-
-
-def popularity(kind: str, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster and slot of each token; −1 is the base model, which ``uniform`` mixes in."""
+def popularity(kind: str, tokens: int, seed: int = 0) -> np.ndarray:
+    """Scaling slot of each token; −1 is the base model, which ``uniform`` mixes in."""
     rng = np.random.default_rng(seed)
-    slot = {
+    return {
         "identical": np.full(tokens, 3),
         "distinct": np.arange(tokens) % SLOTS,
         "uniform": rng.integers(-1, SLOTS, tokens),
         "one cluster": rng.integers(0, SLOTS // CLUSTERS, tokens) * CLUSTERS,
         "base": np.full(tokens, -1),
     }[kind]
-    return np.where(slot < 0, -1, slot % CLUSTERS), slot
 
 
 def problem(
@@ -75,40 +49,32 @@ def problem(
     rank: int = 16,
     d_in: int = 80,
     dtype: torch.dtype = torch.float16,
-    sigma_dtype: torch.dtype | None = None,
-    diagonal: bool = False,
     tokens: int = 5,
     padding: int = 2,
     kind: str = "uniform",
-    batch_invariant: bool = False,
-) -> Case:
-    g = torch.Generator().manual_seed(1000 * tokens + rank)
-
-    def rand(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    v = [rand(CLUSTERS, 1, rank, d_in) / d_in**0.5 for _ in widths]
-    u = [rand(CLUSTERS, 1, width, rank) / rank**0.5 for width in widths]
-    matrix = (rank,) if diagonal else (rank, rank)
-    worker_wide = rand(SLOTS, len(widths) + OTHER_SLICES, *matrix, dtype=sigma_dtype or dtype)
-    sigma = worker_wide.to(DEVICE)[:, 1 : 1 + len(widths)]
-    module = PackedModule.of([s.to(DEVICE) for s in v], [s.to(DEVICE) for s in u])
-    capacity = tokens + padding + 3
-    kernels = GroupedLoRA(TokenTiles(capacity, CLUSTERS, DEVICE), DEVICE, batch_invariant)
-    kernels.reserve(module)
-    kernels._h.fill_(torch.nan)
-    kernels._g.fill_(torch.nan)
-    cluster, slot = popularity(kind, tokens)
-    x, y = rand(tokens + padding, d_in).to(DEVICE), rand(tokens + padding, sum(widths)).to(DEVICE)
-    case = Case(module, [s[:, 0] for s in u], [s[:, 0] for s in v], sigma, x, y, cluster, slot, kernels)
-    case.step(cluster, slot)
+    clusters: int = CLUSTERS,
+    **options: Any,
+) -> Problem:
+    """A step of ``tokens`` tokens on ``padding`` more rows."""
+    case = make_problem(
+        d_in,
+        widths,
+        rank=rank,
+        clusters=clusters,
+        slots=SLOTS,
+        tokens=tokens + padding,
+        dtype=dtype,
+        device=DEVICE,
+        **options,
+    )
+    case.step(popularity(kind, tokens))
     return case
 
 
-def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(case: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """y of the loops, and by how much a kernel may differ from it."""
     x, y, sigma = case.x.cpu(), case.y.cpu(), case.sigma.cpu()
-    clusters, slots = case.padded(case.cluster), case.padded(case.slot)
+    clusters, slots = case.cluster, case.slot
     h = reference.jd_shrink(x, case.v, clusters)
     # fp32 sums in another order: far below one rounding, but it passes through Σ, which may enlarge it.
     h_spread = reference.jd_shrink(x.abs(), [v.abs() for v in case.v], clusters)
@@ -122,7 +88,7 @@ def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return y, 1.1 * unit * (rounded + y.abs()) + 8 * FP32_EPS * order
 
 
-def assert_equals_reference(case: Case, y: torch.Tensor) -> None:
+def assert_equals_reference(case: Problem, y: torch.Tensor) -> None:
     truth, bound = expected(case)
     error = (y.cpu().float() - truth).abs()
     base = case.base_rows
@@ -133,7 +99,7 @@ def assert_equals_reference(case: Case, y: torch.Tensor) -> None:
     assert base.all() or bound[~base].mean() < 30 * UNIT[case.module.dtype] * delta[~base].mean()
 
 
-def run(case: Case, x: torch.Tensor | None = None) -> torch.Tensor:
+def run(case: Problem, x: torch.Tensor | None = None) -> torch.Tensor:
     y = case.y.clone()
     case.kernels.linear_(y, case.x if x is None else x, case.module, case.sigma)
     return y
@@ -141,11 +107,26 @@ def run(case: Case, x: torch.Tensor | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diag"])
 @pytest.mark.parametrize("rank", [8, 16, 24, 64])
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "uniform"), (torch.bfloat16, "distinct")], ids=str)
-def test_every_rank_and_dtype_equals_the_reference(rank, diagonal, dtype, kind):
+@pytest.mark.parametrize("dense", [False, True], ids=["by cluster", "all clusters"])
+def test_every_rank_equals_the_reference(rank, diagonal, dense):
     """At so few tokens Σ is part of the expand; three launches follow below."""
-    case = problem(rank=rank, diagonal=diagonal, dtype=dtype, kind=kind)
+    dtype, kind = (torch.float16, "uniform") if dense else (torch.bfloat16, "distinct")
+    case = problem(rank=rank, diagonal=diagonal, dtype=dtype, kind=kind, dense=dense)
+    assert case.kernels._launch(len(case.x), case.module).dense == dense
     assert_equals_reference(case, run(case))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("clusters", "tokens"), [(1, 5), (5, 18)])
+def test_the_v_of_all_clusters_gives_each_token_its_own(clusters, tokens, kind):
+    """With clusters that no token is in, and with more tokens than a tile has, which serving leaves to the other form.
+
+    In one part, as here, each token's bits are those of the other form: the same sums in the same order.
+    """
+    cases = [problem(clusters=clusters, tokens=tokens, kind=kind, d_in=48, dense=dense) for dense in (True, False)]
+    together, by_cluster = map(run, cases)
+    assert_equals_reference(cases[0], together)
+    assert torch.equal(together, by_cluster)
 
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diag"])
@@ -203,8 +184,8 @@ def test_an_identity_scaling_is_plain_lora():
     """What plain adapters rely on: they go through the same launches with an identity Σ."""
     case = problem(kind="identical", batch_invariant=True)
     case.sigma.copy_(torch.eye(16))
-    h = reference.jd_shrink(case.x.cpu(), case.v, case.padded(case.cluster)).half().float()
-    plain = reference.jd_expand(case.y.cpu(), h, case.u, case.padded(case.cluster))
+    h = reference.jd_shrink(case.x.cpu(), case.v, case.cluster).half().float()
+    plain = reference.jd_expand(case.y.cpu(), h, case.u, case.cluster)
     torch.testing.assert_close(run(case).cpu().float(), plain, rtol=2 * UNIT[torch.float16], atol=1e-5)
 
 
@@ -212,7 +193,7 @@ def test_the_same_addresses_serve_the_next_step():
     """As a graph replay would: padded rows and launches stay, the plan changes."""
     case = problem(tokens=18, padding=4)
     for kind, tokens in (("uniform", 18), ("distinct", 7), ("base", 18), ("one cluster", 22)):
-        case.step(*popularity(kind, tokens, seed=tokens))
+        case.step(popularity(kind, tokens, seed=tokens))
         assert_equals_reference(case, run(case))
 
 
@@ -220,7 +201,7 @@ def test_a_replayed_graph_of_a_step_without_adapters_changes_nothing():
     """Launches captured with adapters find no tile when there are none."""
     case = problem(kind="distinct")
     live = case.kernels.tiles.live
-    case.step(*popularity("base", 5))
+    case.step(popularity("base", 5))
     case.kernels.tiles.live = live  # what the capture saw
     assert torch.equal(run(case), case.y)
 
@@ -228,8 +209,8 @@ def test_a_replayed_graph_of_a_step_without_adapters_changes_nothing():
 def test_a_token_has_equal_bits_in_any_batch():
     case = problem(tokens=20, kind="uniform", batch_invariant=True, d_in=300)
     together = run(case)
-    token = int(np.flatnonzero(case.slot >= 0)[-1])
-    case.kernels.tiles.plan(case.cluster[token : token + 1], case.slot[token : token + 1])
+    token = int(np.flatnonzero(np.array(case.slot) >= 0)[-1])
+    case.kernels.tiles.plan(np.array(case.cluster[token : token + 1]), np.array(case.slot[token : token + 1]))
     alone = case.y[token : token + 1].clone()
     case.kernels.linear_(alone, case.x[token : token + 1], case.module, case.sigma)
     assert torch.equal(alone[0], together[token])
@@ -253,7 +234,7 @@ def test_shrink_and_expand_with_a_gather_between_equal_the_reference(fully_padde
     live = case.kernels.tiles.live
     assert torch.equal(h[:, live:].cpu(), torch.full_like(h[:, live:].cpu(), 5.0))
     order = case.kernels.tiles.sorted_token[:live].long().cpu()
-    truth = reference.jd_shrink(case.x.cpu(), case.v, case.padded(case.cluster))[:, order]
+    truth = reference.jd_shrink(case.x.cpu(), case.v, case.cluster)[:, order]
     torch.testing.assert_close(h[:, :live].cpu(), truth, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
     y = case.y.clone()
     case.kernels.expand_(y, h, case.module, case.sigma)
@@ -285,6 +266,55 @@ def test_columns_may_start_inside_y_and_be_written_over():
     assert (wide[:, :16] == 7).all() and (wide[:, 48:] == 7).all()
 
 
+@pytest.mark.parametrize("eight_bit", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        (16, {}),
+        (8, {"dtype": torch.bfloat16, "dense": False}),
+        (24, {"diagonal": True}),
+        (16, {"batch_invariant": True, "dtype": torch.bfloat16}),
+        (128, {"diagonal": True, "widths": (32,), "tokens": 2}),
+    ],
+    ids=str,
+)
+def test_bases_of_8_bits_equal_the_reference_on_what_a_collection_gives_back(eight_bit, rank, options):
+    """Their scales are as far apart as 1 and 8; the last cluster is of 16 bits, a plain adapter's."""
+    case = problem(rank=rank, eight_bit=eight_bit, clusters=CLUSTERS - 1, kind="distinct", **options)
+    assert {tensor.element_size() for tensor in case.module.eight_bit.v + case.module.eight_bit.u} == {1}
+    assert set(case.cluster) > {0, 1} and case.module.clusters == CLUSTERS
+    assert_equals_reference(case, run(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("eight_bit", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_every_number_of_8_bits_is_widened_exactly(eight_bit, dtype):
+    """One-hot inputs bring each of the 256 (fp8: 254, without NaN) to y, once from V and once from U."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(eight_bit).float().nan_to_num(0).view(16, 16)
+    case = problem(eight_bit=eight_bit, clusters=1, d_in=16, widths=(16,), dtype=dtype, tokens=16, padding=0)
+    bases, one = case.module.eight_bit, torch.eye(16)
+    # Powers of two: nothing is rounded.
+    bases.set_scales(0, 0, torch.full((16,), 2.0**-4), torch.full((16,), 2.0**-3))
+    case.sigma.copy_(one)
+    case.x.copy_(one)
+    case.step(np.zeros(16, dtype=np.int64), clusters=1)
+    for v, u in ((numbers, one), (one, numbers)):
+        bases.v[0].copy_(v)
+        bases.u[0].copy_(u)
+        case.y.zero_()
+        assert torch.equal(run(case).cpu().float(), (u @ v).T * 2.0**-7)
+
+
+def test_8_bits_after_a_gather_equal_the_reference():
+    """``--fully-sharded-loras``: the scales of V belong to the shrink, those of U to the expand."""
+    case = problem(eight_bit=torch.int8, clusters=CLUSTERS - 1, tokens=9)
+    h = torch.full((2, len(case.x), 16), torch.nan, device=DEVICE)
+    case.kernels.shrink_(h, case.x, case.module)
+    y = case.y.clone()
+    case.kernels.expand_(y, h, case.module, case.sigma)
+    assert_equals_reference(case, y)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_a_replayed_cuda_graph_follows_the_plan():
     case = problem(tokens=40, padding=8, kind="distinct", dtype=torch.bfloat16)
@@ -294,7 +324,7 @@ def test_a_replayed_cuda_graph_follows_the_plan():
     with torch.cuda.graph(graph):
         case.kernels.linear_(y, case.x, case.module, case.sigma)
     for kind, tokens in (("uniform", 40), ("one cluster", 48), ("base", 3), ("distinct", 11)):
-        case.step(*popularity(kind, tokens, seed=tokens))
+        case.step(popularity(kind, tokens, seed=tokens))
         y.copy_(case.y)
         graph.replay()
         assert_equals_reference(case, y)
@@ -314,6 +344,14 @@ def test_bases_of_another_layout_are_refused(change, message):
     v, u = torch.zeros(3, 1, 16, 32).half(), torch.zeros(3, 1, 48, 16).half()
     with pytest.raises(JDLoRAError, match=message):
         PackedModule.of(*change([v], [u]))
+
+
+def test_8_bits_of_another_shape_or_number_are_refused():
+    v, u = [torch.zeros(1, 1, 16, 32).half()], [torch.zeros(1, 1, 48, 16).half()]
+    with pytest.raises(JDLoRAError, match="int8 or float8_e4m3fn"):
+        EightBitBases.beside(v, u, 3, torch.float8_e5m2)
+    with pytest.raises(JDLoRAError, match="shapes of the 16-bit ones"):
+        PackedModule.of(v, u, EightBitBases.beside(v, [u[0][:, :, :16]], 3, torch.int8))
 
 
 def test_rows_of_another_layout_and_a_plan_for_more_tokens_are_refused():

@@ -48,7 +48,7 @@ def traffic_of(
 
     Returns:
         ``gpu`` and for each batch size in ``steps`` bytes of weights, microseconds, and the share of the base model's
-        time in the modules that adapters change, for plain LoRA and compressed.
+        time in the modules that adapters change, for plain LoRA, compressed, and compressed with bases of 8 bits.
     """
     from vllm_jdlora.kernels import traffic
 
@@ -58,9 +58,11 @@ def traffic_of(
     for count in tokens:
         base = traffic.base_layer(modules, count, gpu)
         plain = traffic.stock_layer(modules, count, gpu, adapter_rank)
-        ours = traffic.layer(modules, count, gpu, rank, clusters, diagonal=diagonal)
+        ours, eight_bit = (
+            traffic.layer(modules, count, gpu, rank, clusters, diagonal=diagonal, base_bits=bits) for bits in (16, 8)
+        )
         step: dict[str, Any] = {"sequences": count, "base": {"bytes": base.weights, "microseconds": base.microseconds}}
-        for name, moved in (("plain", plain), ("compressed", ours)):
+        for name, moved in (("plain", plain), ("compressed", ours), ("compressed_8_bit", eight_bit)):
             share = moved.microseconds / base.microseconds
             step[name] = {"bytes": moved.weights, "microseconds": moved.microseconds, "share_of_base": share}
         steps.append(step)
@@ -71,14 +73,16 @@ def show_traffic(facts: Mapping[str, Any], show: Callable[[str], None]) -> None:
     """``facts`` of :func:`traffic_of` as lines of text."""
     show(
         f"adapters in a decode step on {facts['gpu']}, predicted, not measured: every sequence another adapter, plain "
-        f"LoRA of rank {facts['adapter_rank']} against {facts['clusters']} clusters of rank {facts['rank']}"
+        f"LoRA of rank {facts['adapter_rank']} against {facts['clusters']} clusters of rank {facts['rank']} with bases "
+        "in 16 and in 8 bits"
     )
     for step in facts["steps"]:
-        plain, ours = step["plain"], step["compressed"]
+        plain, ours, eight_bit = step["plain"], step["compressed"], step["compressed_8_bit"]
         show(
             f"{step['sequences']:4d} sequences: {plain['bytes'] / _MEGABYTE:9.1f} MB plain, "
-            f"{ours['bytes'] / _MEGABYTE:8.1f} MB compressed; +{plain['share_of_base']:4.0%} and "
-            f"+{ours['share_of_base']:4.0%} of the time of the base model's products"
+            f"{ours['bytes'] / _MEGABYTE:8.1f} and {eight_bit['bytes'] / _MEGABYTE:8.1f} MB compressed; "
+            f"+{plain['share_of_base']:4.0%}, +{ours['share_of_base']:4.0%} and +{eight_bit['share_of_base']:4.0%} of "
+            "the time of the base model's products"
         )
 
 
