@@ -25,6 +25,8 @@ from bench_report import Group, as_json, goals_of, print_tables, ratios_of
 from bench_rows import RANK, ROWS, Row, Workplace, groups_of
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_jdlora.errors import JDLoRAError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -45,7 +47,7 @@ def measured(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
 
-        def give_up(row: Row, error: EngineDied) -> None:
+        def give_up(row: Row, error: Exception) -> None:
             progress.console.print(f"({row.key}) is left out: {error}", markup=False)
             failed[row.key] = str(error)
 
@@ -54,15 +56,17 @@ def measured(
             for row in rows:
                 progress.update(task, description=f"starting ({row.key})")
                 # One at a time: the machine is small, and each start compiles or packs weights.
-                spec, row = place.engine(row)
-                engine = Engine(spec, place.scratch / f"{row.key}.log")
-                engines.append((row, engine))
                 try:
-                    engine.wait_ready()
+                    spec, row = place.engine(row)
+                    engines.append((row, Engine(spec, place.scratch / f"{row.key}.log")))
+                    engines[-1][1].wait_ready()
+                except JDLoRAError as error:
+                    give_up(row, error)
                 except EngineDied as error:
-                    engines.pop()
+                    engines.pop()[1].stop()
                     give_up(row, error)
                 progress.advance(task)
+            group.threads = engines[0][1].threads if engines else 0
             group.rows = [row for row, _ in engines]
             total = sum(args.stock_rounds if row.slow else args.rounds for row in group.rows) + len(group.rows)
             task = progress.add_task("rounds", total=total * len(workloads))
@@ -83,6 +87,7 @@ def measured(
                                 group.add(round_, args.rounds, row, workload, turn)
                         except EngineDied as error:
                             engines.remove((row, engine))
+                            engine.stop()
                             give_up(row, error)
                         progress.advance(task)
         finally:

@@ -86,6 +86,7 @@ class Engine:
     def __init__(self, spec: EngineSpec, log: Path):
         self.spec, self.log = spec, log
         self.memory_bytes: dict[str, int] = {}
+        self.threads = 0
         self._process = subprocess.Popen(
             [sys.executable, __file__, spec.key],  # the key is for those who look at processes
             stdin=subprocess.PIPE,
@@ -96,7 +97,8 @@ class Engine:
         self._tell(asdict(spec))
 
     def wait_ready(self) -> None:
-        self.memory_bytes = self._answer()["memory_bytes"]
+        ready = self._answer()
+        self.memory_bytes, self.threads = ready["memory_bytes"], ready["threads"]
 
     def run(self, workload: Workload, seed: int, **extra: Any) -> Turn:
         """One turn; the same seed draws the same prompts and, of as many adapters, the same ones."""
@@ -158,17 +160,21 @@ def serve_turns() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints goes to the log
     spec = EngineSpec(**json.loads(sys.stdin.readline()))
+    import torch
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     requests = [LoRARequest(name, i + 1, path) for i, (name, path) in enumerate(spec.adapters)]
-    llm = LLM(spec.model, enable_prefix_caching=False, **spec.options)
+    llm = LLM(spec.model, skip_tokenizer_init=True, enable_prefix_caching=False, **spec.options)
+    for request in requests:
+        llm.llm_engine.add_lora(request)  # as `vllm serve --lora-modules` does when it starts
     points = None
     if spec.profile:
         from profile_points import StepTimers
 
         points = StepTimers(llm)
-    print(json.dumps({"memory_bytes": memory_bytes()}), file=answers, flush=True)
+    ready = {"memory_bytes": memory_bytes(), "threads": torch.get_num_threads()}
+    print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         message = json.loads(line)
         turn = _run(llm.llm_engine, Workload(**message["workload"]), requests, message["seed"])
@@ -192,11 +198,13 @@ def _run(engine: Any, workload: Workload, adapters: list[Any], seed: int) -> Tur
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
+    tokens = engine.model_config.get_vocab_size()
     seconds = decode_seconds = 0.0
     decode_tokens = 0
     for repeat in range(workload.repeat):
         prompts = [
-            [rng.randrange(1000, 40000) for _ in range(workload.prompt_tokens)] for _ in range(workload.requests)
+            [rng.randrange(tokens // 50, tokens) for _ in range(workload.prompt_tokens)]
+            for _ in range(workload.requests)
         ]
         who = drawn(len(adapters), workload.requests, seed + repeat) if adapters else []
         start = time.perf_counter()

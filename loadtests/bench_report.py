@@ -48,6 +48,7 @@ class Group:
     rows: list[Row]
     rates: Rates = field(default_factory=dict)
     memory_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    threads: int = 0
 
     def add(self, round_: int, rounds: int, row: Row, workload: Workload, turn: Turn) -> None:
         measured = {workload.name: turn.tokens / turn.seconds}
@@ -133,6 +134,7 @@ def _cell(group: Group, measure: str, key: str) -> str:
 def as_json(group: Group) -> dict[str, Any]:
     return {
         "rows": [row.key for row in group.rows],
+        "threads": group.threads,
         "tokens_per_second": {
             measure: {key: [None if x is None else round(x, 1) for x in values] for key, values in rates.items()}
             for measure, rates in group.rates.items()
