@@ -53,6 +53,9 @@ def add_to(commands: Any) -> None:
         "--answers-for", nargs="*", metavar="NAME", help="baselines with greedy answers (default: all), others: loss"
     )
     parser.add_argument(
+        "--baseline-budget", nargs="+", type=share, metavar="SHARE", help="of the baselines (default: as --budget)"
+    )
+    parser.add_argument(
         "--baseline-limit",
         type=positive,
         metavar="N",
@@ -92,6 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         metric=args.metric,
         distillation=DistillationSettings(enough=ENOUGH) if args.distill else None,
         baselines=baseline_names(args.baselines),
+        baseline_budgets=args.baseline_budget,
         baseline_limit=args.baseline_limit,
         answers_for=None if args.answers_for is None else baseline_names(args.answers_for, "--answers-for: "),
         max_new_tokens=args.max_new_tokens,

@@ -17,11 +17,12 @@ def baselines(study: Study) -> Part:
     settings = study.settings
     limit = settings.limit if settings.baseline_limit is None else settings.baseline_limit
     comparison = Comparison(study, "baselines", study.adapters, study.measured, limit)
-    study.begin("baselines", (2 + len(settings.baselines) * len(settings.budgets)) * len(comparison.tasks))
+    shares = settings.budgets if settings.baseline_budgets is None else settings.baseline_budgets
+    study.begin("baselines", (2 + len(settings.baselines) * len(shares)) * len(comparison.tasks))
     with_answers = set(settings.baselines if settings.answers_for is None else settings.answers_for)
     records = comparison.references(answers=bool(with_answers))
     for name in settings.baselines:
-        for share in settings.budgets:
+        for share in shares:
             records += comparison.measure(
                 f"{name}: {share}",
                 {"baseline": name, "budget": str(share), "calibration": study.weighted_by},

@@ -39,6 +39,7 @@ class StudySettings:
         distillation: how Σ is distilled, for a second row of each collection of the part "ours"; None: it is not.
         method, metric: of the part "ours", as `jdlora compress` takes them; the metric is that of all collections.
         baselines: methods to compare with.
+        baseline_budgets: shares of the bytes for the baselines; None: as `budgets`.
         baseline_limit: as `limit`, for baselines and ours beside them; None: as `limit`.
         answers_for: baselines whose greedy answers are measured too; None: all.
         max_new_tokens: limit of an answer.
@@ -60,6 +61,7 @@ class StudySettings:
     metric: str = "activation"
     distillation: DistillationSettings | None = None
     baselines: Sequence[str] = BASELINES
+    baseline_budgets: Sequence[Fraction] | None = None
     baseline_limit: int | None = None
     answers_for: Sequence[str] | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
