@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.kernels import reference, triton_grouped
+from vllm_jdlora.kernels import reference, triton_expand, triton_grouped, triton_shrink, triton_sigma
 from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 from vllm_jdlora.kernels.gpu_problem import Problem, make_problem
 from vllm_jdlora.kernels.packed_module import PackedModule
@@ -362,6 +363,44 @@ def test_rows_of_another_layout_and_a_plan_for_more_tokens_are_refused():
         run(case, x=case.x.t().contiguous().t())
     with pytest.raises(JDLoRAError, match="plan is for 5 tokens"):
         run(case, x=case.x[:4])
+
+
+class OnlyViews(TorchDispatchMode):
+    """Refuses whatever allocates, copies or waits."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator.is_view, f"a step calls {operator}"
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [(5, {}), (5, {"eight_bit": torch.int8}), (40, {"rank": 64}), (40, {"rank": 64, "eight_bit": torch.int8})],
+    ids=str,
+)
+def test_a_step_only_launches_and_the_same_whatever_is_in_it(monkeypatch, tokens, options):
+    """What a CUDA graph demands: no allocation, no wait, and grids and sizes of padded tokens and shapes alone."""
+    launches: list[tuple] = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append((grid, [a for a in args if isinstance(a, int)], kwargs))
+
+    for module, kernel in ((triton_shrink, "shrink"), (triton_sigma, "sigma"), (triton_expand, "expand")):
+        monkeypatch.setattr(module, f"{kernel}_kernel", Recorder())
+    case = problem(tokens=tokens, padding=2, **options)
+    h = torch.zeros(2, len(case.x), case.module.rank, device=DEVICE)
+    steps = []
+    for kind, count in (("distinct", tokens), ("one cluster", 1), ("uniform", tokens + 2)):
+        case.step(popularity(kind, count))
+        launches.clear()
+        with OnlyViews():
+            case.run_(case.y)
+            case.kernels.shrink_(h, case.x, case.module)
+            case.kernels.expand_(case.y, h, case.module, case.sigma)
+        steps.append(list(launches))
+    assert len(steps[0]) == 4 + (2 if tokens < 10 else 3)
+    assert steps[1] == steps[0] and steps[2] == steps[0]
 
 
 def test_nothing_is_launched_for_a_step_without_adapters(monkeypatch):

@@ -26,8 +26,11 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.lora.utils import from_layer
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
+from vllm_jdlora.collection.io import QuantizedBasis
+from vllm_jdlora.collection.quantize import STORED, dequantized, quantized
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels import reference
+from vllm_jdlora.serving.eight_bit_loading import load_clusters
 from vllm_jdlora.serving.punica_gpu import JDPunicaGPU
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,7 +39,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-7 if INTERPRETED else 2.0**-8)]
 
 RANK, HIDDEN = 16, 64
-CLUSTERS, PLAIN_RANK = 3, 5
+CLUSTERS, PLAIN_RANK, STORED_RANK = 3, 5, 12
 BASES, PLAIN = CLUSTERS + 1, CLUSTERS  # the last base is a plain adapter's own
 ADAPTERS, IDENTITY = 5, 5  # Σ slots; the last row is the identity
 MAX_TOKENS = 24
@@ -73,8 +76,12 @@ def serve(
     rank: int = RANK,
     fully_sharded: bool = False,
     diagonal: bool = False,
+    eight_bit: str | None = None,
 ):
-    """One wrapped layer with its bases, the wrapper, and Σ as a view into a buffer of more module slices."""
+    """One wrapped layer with its bases, the wrapper, and Σ as a view into a buffer of more module slices.
+
+    ``eight_bit``: how a collection of a rank below the buffers' stores the clusters; vLLM has the plain adapter alone.
+    """
     g = torch.Generator().manual_seed(7)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -89,27 +96,47 @@ def serve(
         torch.set_default_dtype(previous)
     base_layer.weight.copy_(rand(*base_layer.weight.shape) / 8)
     base_layer.quant_method.process_weights_after_loading(base_layer)
+    first = CLUSTERS if eight_bit else 0  # the base in vLLM's first slot
+    slots = BASES - first
     config = LoRAConfig(
-        max_loras=BASES, max_lora_rank=rank, lora_dtype=dtype, fully_sharded_loras=fully_sharded, max_cpu_loras=BASES
+        max_loras=slots, max_lora_rank=rank, lora_dtype=dtype, fully_sharded_loras=fully_sharded, max_cpu_loras=slots
     )
-    layer = from_layer(base_layer, BASES, config, packed, None)
+    layer = from_layer(base_layer, slots, config, packed, None)
     widths = list(layer.output_slices)
     d_in, slices = layer.lora_a_stacked[0].shape[-1], len(widths)
     v = [rand(BASES, rank, d_in) / d_in**0.5 for _ in widths]
     u = [rand(BASES, width, rank) / rank**0.5 for width in widths]
     for a, b in zip(v, u, strict=True):  # a plain adapter of lower rank: vLLM pads with zeros
         a[PLAIN, PLAIN_RANK:], b[PLAIN, :, PLAIN_RANK:] = 0, 0
-    for base in range(BASES):
+    for base in range(first, BASES):
         r = min(PLAIN_RANK, rank) if base == PLAIN else rank
         lora_a, lora_b = [a[base, :r] for a in v], [b[base, :, :r] for b in u]
-        layer.set_lora(base, *((lora_a, lora_b) if slices > 1 else (lora_a[0], lora_b[0])))
+        layer.set_lora(base - first, *((lora_a, lora_b) if slices > 1 else (lora_a[0], lora_b[0])))
+    stored = []
+    for i in range(slices if eight_bit else 0):
+        steps_v, scale_v = quantized(v[i][:CLUSTERS, :STORED_RANK], eight_bit)
+        steps_u, scale_u = quantized(u[i][:CLUSTERS, :, :STORED_RANK].mT, eight_bit)
+        stored.append(QuantizedBasis(steps_u.mT.contiguous(), steps_v, scale_u, scale_v))
+        v[i], u[i] = v[i].float(), u[i].float()
+        v[i][:CLUSTERS], u[i][:CLUSTERS] = 0, 0
+        v[i][:CLUSTERS, :STORED_RANK] = dequantized(steps_v, scale_v)
+        u[i][:CLUSTERS, :, :STORED_RANK] = dequantized(steps_u, scale_u).mT
     identity = torch.ones(rank) if diagonal else torch.eye(rank)
     worker_wide = rand(ADAPTERS + 1, slices + 3, *identity.shape)
     worker_wide[IDENTITY] = identity
     sigma = worker_wide.to(DEVICE)[:, 2 : 2 + slices]
     register = CONFIG.compilation_config.static_forward_context
-    wrapper = JDPunicaGPU(MAX_TOKENS, max_batches=8, device=DEVICE, bases=BASES, forward_context_layers=register)
+    wrapper = JDPunicaGPU(
+        MAX_TOKENS,
+        max_batches=8,
+        device=DEVICE,
+        bases=BASES,
+        forward_context_layers=register,
+        eight_bit=(CLUSTERS, STORED[eight_bit]) if eight_bit else None,
+    )
     layer.set_mapping(wrapper.for_layer(name, layer, sigma))
+    if eight_bit:
+        load_clusters(layer, layer.punica_wrapper.module.eight_bit, stored)
     x = rand(MAX_TOKENS, d_in).to(DEVICE)
     served = SimpleNamespace(layer=layer, wrapper=wrapper, config=config, u=u, v=v, sigma=sigma, x=x, widths=widths)
     _alive.append(served)
@@ -189,6 +216,24 @@ def test_other_ranks_equal_the_reference(rank):
 @pytest.mark.parametrize("fully_sharded", [False, True])
 def test_diagonal_scalings_equal_the_reference(fully_sharded):
     served = serve("qkv_proj", diagonal=True, fully_sharded=fully_sharded)
+    x = served.x[:13]
+    set_step(served.wrapper, MIXED)
+    assert_equals_reference(served, run_layer(served, x), base_output(served, x), x, MIXED, 2.0**-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "eight_bit", "options"),
+    [
+        ("qkv_proj", "int8", {}),
+        ("down_proj", "fp8", {}),
+        ("qkv_proj", "fp8", {"fully_sharded": True}),
+        ("gate_up_proj", "int8", {"diagonal": True}),
+    ],
+)
+def test_clusters_of_8_bits_beside_a_plain_adapter_equal_the_reference(name, eight_bit, options):
+    served = serve(name, eight_bit=eight_bit, **options)
+    layer = served.layer
+    assert [stack.shape[0] for stack in layer.lora_a_stacked] == [1] * len(served.widths)  # 16 bits for the plain one
     x = served.x[:13]
     set_step(served.wrapper, MIXED)
     assert_equals_reference(served, run_layer(served, x), base_output(served, x), x, MIXED, 2.0**-11)

@@ -61,7 +61,8 @@ def make_manager(adapters: int, clusters: int, scaling_slots: int, punica=None) 
     made._slices = SimpleNamespace(order=torch.tensor([0]), covered=torch.tensor([0]))
     made.sigma = torch.zeros(scaling_slots + 1, 1, RANK, RANK)
     made._dummies = set()
-    made._clusters, made._scaling_slots, made._identity_slot = clusters, scaling_slots, scaling_slots
+    made._clusters = made._lora_clusters = clusters
+    made._scaling_slots = made._identity_slot = scaling_slots
     made._slots = ScalingSlots(scaling_slots, adapters)
     made._directory = AdapterDirectory([i % clusters for i in range(adapters)], made._slots)
     made._punica = punica or Recorder()
@@ -137,6 +138,11 @@ def test_every_token_gets_base_and_slot_of_its_adapter_as_batches_come_and_go(ma
         for _ in range(rng.integers(1, 3)):
             worker.set_active_requests(step_of(rows))
             check_by_token(manager, rows)
+
+
+def test_plain_adapters_come_behind_clusters_of_8_bits_which_take_no_lora_slot(manager):
+    manager._lora_clusters, manager.lora_index_to_id = 0, [None, PLAIN_ID]
+    assert manager._place_of_other(PLAIN_ID) == (CLUSTERS + 1, manager._identity_slot)
 
 
 def test_a_step_that_repeats_is_not_planned_again_until_something_moves(manager, worker):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,15 @@ from vllm_jdlora.peft_config import CONFIG_FILE
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _QUANTIZED_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
+
+
+class QuantizedBasis(NamedTuple):
+    """One slice's bases as stored in 8 bits: U [K, d_out, R] and V [K, R, d_in], scales fp32 [K, R]."""
+
+    u: torch.Tensor
+    v: torch.Tensor
+    u_scale: torch.Tensor
+    v_scale: torch.Tensor
 
 
 class Collection:
@@ -77,11 +86,15 @@ class Collection:
 
         In the stored dtype and mapped, or in fp32 where they are quantised.
         """
-        u, v = self._bases.get_tensor(f"{slice_name}.U"), self._bases.get_tensor(f"{slice_name}.V")
         if self.manifest.quantize == "none":
-            return u, v
-        scale_u, scale_v = (self._bases.get_tensor(f"{slice_name}.{side}_scale") for side in "UV")
-        return dequantized(u.mT, scale_u).mT, dequantized(v, scale_v)
+            return self._bases.get_tensor(f"{slice_name}.U"), self._bases.get_tensor(f"{slice_name}.V")
+        stored = self.quantized_basis(slice_name)
+        return dequantized(stored.u.mT, stored.u_scale).mT, dequantized(stored.v, stored.v_scale)
+
+    def quantized_basis(self, slice_name: str) -> QuantizedBasis:
+        """Bases of all clusters in one slice of a quantised collection, as stored; mapped."""
+        names = ("U", "V", "U_scale", "V_scale")
+        return QuantizedBasis(*(self._bases.get_tensor(f"{slice_name}.{name}") for name in names))
 
     def sigma(self, index: int) -> torch.Tensor:
         """Scalings of one adapter as stored: [slices, R, R], or [slices, R] for JD-Diag; mapped, contiguous."""

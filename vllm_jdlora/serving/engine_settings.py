@@ -51,6 +51,7 @@ def apply_to_engine_args(engine_args: Any) -> None:
     collection = Collection.open(absolute(options.collection), verify=first_time)
     manifest = collection.manifest
     _refuse_errors_above_limit(collection, options.max_error)
+    _refuse_8_bits_where_there_are_none(collection, options.base_bits)
     _warn_of_another_base_model(collection, engine_args.model)
     plain_slots = options.plain_slots or engine_args.max_loras
     rank = buffer_rank(max([manifest.rank, engine_args.max_lora_rank, *(p.rank for p in manifest.plain)]))
@@ -137,6 +138,20 @@ def _refuse_errors_above_limit(collection: Collection, max_error: float | None) 
             f"worst {worst.name} with {worst.relative_error:.3f}, and the collection holds no uncompressed copy of "
             f"them: build it with `jdlora compress --max-error {max_error:g}`, which keeps such adapters plain"
         )
+
+
+def _refuse_8_bits_where_there_are_none(collection: Collection, base_bits: int) -> None:
+    from vllm.platforms import current_platform
+
+    if base_bits != 8:
+        return
+    if collection.manifest.quantize == "none":
+        raise JDLoRAError(
+            f"--jd-base-bits 8 needs a collection with bases of 8 bits, and those of {collection.path} are "
+            f"{collection.manifest.dtype}: compress with --quantize int8 or fp8"
+        )
+    if current_platform.is_cpu():
+        raise JDLoRAError("--jd-base-bits 8 cannot be used on CPU, whose kernel reads wide bases")
 
 
 def _target_modules(collection: Collection, asked: list[str] | None) -> list[str]:

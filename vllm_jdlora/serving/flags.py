@@ -9,7 +9,7 @@ from typing import Any
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, absolute, adapter_paths
 
-_DEPENDENT = ("lora_collection", "lora_dir", "jd_scaling_slots", "jd_max_error")
+_DEPENDENT = ("lora_collection", "lora_dir", "jd_scaling_slots", "jd_max_error", "jd_base_bits")
 
 
 def add_flags(parser: Any) -> Any:
@@ -57,6 +57,14 @@ def add_flags(parser: Any) -> Any:
         help="Relative error (Frobenius, not squared) above which an adapter is not served compressed: it stays "
         "plain when the collection is built at start-up; a ready collection that breaks the limit is refused.",
     )
+    group.add_argument(
+        "--jd-base-bits",
+        type=int,
+        choices=[8, 16],
+        default=None,
+        help="Bits of a number of the shared bases in GPU memory. 8 keeps those of a collection made with --quantize "
+        "int8 or fp8 as they are stored, beside uncompressed adapters in 16. Default: 16.",
+    )
     return parser
 
 
@@ -92,7 +100,10 @@ def apply_flags(args: argparse.Namespace) -> None:
     if args.lora_collection is not None and plain:
         args.lora_target_modules = sorted({*(args.lora_target_modules or ()), *_targets_of(plain)})
     options = ServingOptions(
-        collection=str(collection.path), scaling_slots=args.jd_scaling_slots, max_error=args.jd_max_error
+        collection=str(collection.path),
+        scaling_slots=args.jd_scaling_slots,
+        max_error=args.jd_max_error,
+        base_bits=args.jd_base_bits or 16,
     )
     args.additional_config = options.put_into(args.additional_config)
     args._jdlora_applied = True

@@ -3,7 +3,8 @@
 vLLM's own ``LRUCacheLoRAModelManager`` manages the *bases*: cluster k is a pinned pseudo-LoRA in a LoRA slot with
 ``lora_a = V_k`` and ``lora_b = U_k``, and plain adapters use the slots that are left. So layer replacement, packing
 of q/k/v and gate/up and tensor-parallel slicing stay vLLM's. New are the Σ buffer, the map from an adapter to its
-(cluster, Σ slot), and one step between shrink and expand.
+(cluster, Σ slot), and one step between shrink and expand. With bases of 8 bits clusters take no LoRA slots: they lie
+in buffers of our own beside vLLM's, which then hold plain adapters only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.platforms import current_platform
 
 from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.quantize import STORED
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels.token_tiles import runs
 from vllm_jdlora.serving.adapter_directory import AdapterDirectory
@@ -66,12 +68,16 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         clusters = manifest.clusters
         # On CPU the kernel works in fp32; buffers in the model's bf16 would be cast again at every layer and step.
         dtype = torch.float32 if current_platform.is_cpu() else lora_config.lora_dtype
-        slots = clusters + options.plain_slots
+        eight_bit = options.base_bits == 8
+        # Both are wanted inside super().__init__. Clusters are LoRAs of vLLM unless they are of 8 bits.
+        self._eight_bit = (clusters, STORED[manifest.quantize]) if eight_bit else None
+        self._lora_clusters = 0 if eight_bit else clusters
+        slots = self._lora_clusters + options.plain_slots
         super().__init__(
             lora_config=dataclasses.replace(
                 lora_config,
                 max_loras=slots,
-                max_cpu_loras=max(slots, clusters + (lora_config.max_cpu_loras or 0)),
+                max_cpu_loras=max(slots, self._lora_clusters + (lora_config.max_cpu_loras or 0)),
                 lora_dtype=dtype,
             ),
             vllm_config=vllm_config,
@@ -86,7 +92,10 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         self._planner = StepPlanner(self._directory, self._slots, self._punica, self._place_of_other)
         self._slices = ModuleSlices.of(self, manifest)
         self.sigma = self._attach_sigma(lora_config.max_lora_rank, dtype)
-        self._load_bases(manifest.rank)
+        if eight_bit:
+            self._load_bases_of_8_bits()
+        else:
+            self._load_bases(manifest.rank)
         for adapter in range(min(self._scaling_slots, len(manifest.adapters))):
             self._make_resident(adapter)
         logger.info(
@@ -122,8 +131,9 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
                 max_num_batched_tokens,
                 self.max_num_seqs,
                 self.device,
-                self.lora_config.max_loras,
+                self.lora_config.max_loras + (self._eight_bit[0] if self._eight_bit else 0),
                 vllm_config.compilation_config.static_forward_context,
+                self._eight_bit,
             )
         self.punica_wrapper_mapping[key] = self._punica
 
@@ -159,6 +169,16 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
             # A step names bases by their place, and a cluster's place is its number.
             assert self.lora_index_to_id[cluster] == lora_id
             base.loras.clear()  # the device has it; the host copy would cost as much again
+
+    def _load_bases_of_8_bits(self) -> None:
+        """Each layer's buffers of 8 bits get the collection's numbers as they are stored."""
+        from vllm_jdlora.serving.eight_bit_loading import load_clusters
+
+        targets = self._slices.targets
+        for name, layer in self.modules.items():
+            parts = self.packed_modules.get(name) or [name]
+            stored = [self.collection.quantized_basis(targets[part]) if part in targets else None for part in parts]
+            load_clusters(layer, layer.punica_wrapper.module.eight_bit, stored)
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
@@ -300,7 +320,8 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
         """Base and Σ slot of a plain adapter, or of a dummy."""
         if lora_id in self._dummies:
             return lora_id % self._clusters, lora_id % self._scaling_slots
-        return self.lora_index_to_id.index(lora_id, self._clusters), self._identity_slot
+        slot = self.lora_index_to_id.index(lora_id, self._lora_clusters)
+        return self._clusters - self._lora_clusters + slot, self._identity_slot
 
     def statistics(self) -> dict[str, int]:
         """Counts for tests and operators."""

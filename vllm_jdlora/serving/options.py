@@ -38,6 +38,7 @@ class ServingOptions:
         scaling_slots: Σ resident on the device, at least 1; ``None`` until resolved, then all that fit.
         plain_slots: slots for uncompressed adapters in one batch; ``None`` until resolved from ``--max-loras``.
         max_error: an adapter whose relative error is above it must not be served compressed.
+        base_bits: of a number of the bases on the device: 16 (32 on CPU), or 8 as a quantised collection stores them.
     """
 
     collection: str
@@ -45,6 +46,7 @@ class ServingOptions:
     scaling_slots: int | None = None
     plain_slots: int | None = None
     max_error: float | None = None
+    base_bits: int = 16
 
     def __post_init__(self) -> None:
         if not isinstance(self.collection, str) or not self.collection:
@@ -55,6 +57,8 @@ class ServingOptions:
                 raise JDLoRAError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.max_error is not None and not 0 <= float(self.max_error) <= 1:
             raise JDLoRAError(f"max_error is a relative error between 0 and 1, not {self.max_error!r}")
+        if self.base_bits not in (8, 16):
+            raise JDLoRAError(f"base_bits is 8 or 16, not {self.base_bits!r}")
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServingOptions | None:

@@ -17,7 +17,7 @@ class JDPunica(Protocol):
     def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
         """Take the base slot and the scaling slot of each token of the step, int64 [tokens] each; −1 for none.
 
-        A base slot counts LoRA slots of vLLM: cluster k lies in slot k, plain adapters in the slots behind. Called
+        Base k is cluster k; behind the clusters come the slots of plain adapters, in vLLM's order. Called
         again whenever the step, a base or the content of a scaling slot has changed, and only then.
         """
 

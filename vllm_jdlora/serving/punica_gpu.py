@@ -16,6 +16,7 @@ from vllm import envs
 from vllm.forward_context import get_forward_context
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
+from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 from vllm_jdlora.kernels.packed_module import PackedModule
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
@@ -35,6 +36,7 @@ class JDPunicaGPU(PunicaWrapperBase):
         device: torch.device | str,
         bases: int,
         forward_context_layers: dict[str, Any],
+        eight_bit: tuple[int, torch.dtype] | None = None,
     ):
         """
         Args:
@@ -43,12 +45,14 @@ class JDPunicaGPU(PunicaWrapperBase):
             device: a GPU.
             bases: clusters and slots of plain adapters.
             forward_context_layers: vLLM's register of layers by name; each of ours enters itself.
+            eight_bit: how many clusters each layer keeps in 8 bits, before the bases of vLLM's buffers, and the type.
 
         Raises:
             JDLoRAError: there is no Triton.
         """
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._forward_context_layers = forward_context_layers
+        self._eight_bit = eight_bit
         # vLLM's switch asks for equal bits of a request whatever else is served beside it.
         self.kernels = GroupedLoRA(TokenTiles(max_num_batched_tokens, bases, device), device, envs.VLLM_BATCH_INVARIANT)
 
@@ -66,7 +70,10 @@ class JDPunicaGPU(PunicaWrapperBase):
 
     def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaGPU:
         """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
-        wrapper = LayerPunicaGPU(self, f"{name}.jdlora", layer, sigma)
+        bases = None
+        if self._eight_bit is not None:
+            bases = EightBitBases.beside(layer.lora_a_stacked, layer.lora_b_stacked, *self._eight_bit)
+        wrapper = LayerPunicaGPU(self, f"{name}.jdlora", layer, sigma, bases)
         self._forward_context_layers[wrapper.name] = wrapper
         return wrapper
 
@@ -78,13 +85,16 @@ class JDPunicaGPU(PunicaWrapperBase):
 
 
 class LayerPunicaGPU:
-    """The wrapper that one layer sees; it owns the tables through which kernels find the layer's bases."""
+    """The wrapper that one layer sees; it owns the tables through which kernels find the layer's bases, and the bases
+    of 8 bits, which vLLM knows nothing of."""
 
-    def __init__(self, shared: JDPunicaGPU, name: str, layer: Any, sigma: torch.Tensor):
+    def __init__(
+        self, shared: JDPunicaGPU, name: str, layer: Any, sigma: torch.Tensor, eight_bit: EightBitBases | None = None
+    ):
         self._shared = shared
         self.name = name
         self.sigma = sigma
-        self.module = PackedModule.of(layer.lora_a_stacked, layer.lora_b_stacked)
+        self.module = PackedModule.of(layer.lora_a_stacked, layer.lora_b_stacked, eight_bit)
         shared.kernels.reserve(self.module)
 
     def __getattr__(self, name: str) -> Any:
