@@ -111,7 +111,8 @@ def print_tables(groups: Sequence[Group], workloads: Sequence[Workload], ratios:
     for name in OTHER_RATIOS:
         if any(name in ratios[m] for m in measures):
             others.add_row(name, *(f"{ratios[m][name]:.2f}" if name in ratios[m] else "–" for m in measures))
-    console.print(others)
+    if others.row_count:
+        console.print(others)
     goals = Table(title="goals")
     for column in ("goal", "ratio", *measures, "met"):
         goals.add_column(column, justify="left" if column in ("goal", "ratio") else "right")

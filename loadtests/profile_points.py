@@ -24,7 +24,6 @@ class Point:
 
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
-_GROUPED = "vllm_jdlora.kernels.cpu_grouped"
 
 POINTS = (
     Point("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "scheduler: schedule"),
@@ -37,11 +36,8 @@ POINTS = (
     Point("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._apply_adapters", "activate adapters"),
     Point("vllm.lora.model_manager", "LoRAModelManager.set_adapter_mapping", "mapping (stock)"),
     Point("vllm_jdlora.serving.worker_manager", "JDWorkerLoRAManager._apply_adapters", "activate adapters"),
-    Point("vllm_jdlora.serving.manager", "JDLoRAModelManager._set_adapter_mapping", "mapping"),
     Point("vllm_jdlora.serving.worker_manager", "JDWorkerLoRAManager.set_active_requests", "active requests"),
     Point("vllm_jdlora.serving.manager", "JDLoRAModelManager.plan", "plan"),
-    Point("vllm_jdlora.serving.punica_cpu", "JDPunicaCPU.update_metadata", "plan: base slots"),
-    Point("vllm_jdlora.serving.punica_cpu", "JDPunicaCPU.update_scaling_slots", "plan: groups"),
     Point("vllm_jdlora.serving.punica_cpu", "JDPunicaCPU.update_tokens", "plan: groups"),
     Point(_RUNNER, "GPUModelRunner._determine_batch_execution_and_padding", "batch and padding"),
     Point(_RUNNER, "GPUModelRunner._get_slot_mappings", "slot mappings"),
@@ -52,10 +48,7 @@ POINTS = (
     Point("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.do_kv_cache_update", "KV cache update"),
     Point("vllm_jdlora.serving.punica_cpu", "LayerPunicaCPU.run", "LoRA operator"),
     Point("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_linear", "LoRA operator (stock)"),
-    Point(_GROUPED, "PackedLinear.add_", "kernel"),
-    Point(_GROUPED, "shrink", "shrink"),
-    Point(_GROUPED, "apply_sigma", "sigma"),
-    Point(_GROUPED, "expand_", "expand"),
+    Point("vllm_jdlora.kernels.cpu_grouped", "PackedLinear.add_", "kernel"),
     Point(_RUNNER, "GPUModelRunner.sample_tokens", "runner: sample tokens"),
     Point(_RUNNER, "GPUModelRunner._sample", "sample"),
     Point(_RUNNER, "GPUModelRunner._bookkeeping_sync", "bookkeeping"),
