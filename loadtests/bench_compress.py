@@ -4,6 +4,10 @@ Time by phase, peak memory, the fit's GFLOP/s beside the machine's own at the sa
 of adapters. Every run is a process of its own, so that each has its own peak. The adapters are generated on the fly,
 one slice at a time (19 GB of them need not lie on a disk); generating stands in for reading and is timed apart. One
 JSON line for each run is appended to `results/bench_compress.jsonl`.
+
+    python loadtests/bench_compress.py --growth --clusters 25                          JD-Full of rank 16
+    python loadtests/bench_compress.py --growth --clusters 8 --method diag --rank 64   JD-Diag
+    python loadtests/bench_compress.py --growth --max-bytes 1/16 --method auto         as `jdlora compress` chooses
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import wraps
 from pathlib import Path
@@ -29,11 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RANK = 16
 HIDDEN, KEY_VALUE = 4096, 1024
 FAMILIES, SHARED = 25, 0.75
-PHASES = ("generate", "stack", "assign", "fit", "energies", "measure", "write", "other")
+PHASES = ("generate", "stack", "choose", "assign", "fit", "energies", "measure", "write", "other")
 
 
 class Clock:
-    """Seconds by phase, by the clock and of processor time; a phase inside another one is not counted in the outer one.
+    """Seconds by phase, by the clock and of processor time; a phase inside another one is not counted in the outer one,
+    but for the choice, which is counted with all of it but generating.
 
     Where other processes want the cores too, processor time tells more.
     """
@@ -47,7 +52,7 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._lap()
-        self._running.append(name)
+        self._running.append("choose" if self._running[-1] == "choose" and name != "generate" else name)
         try:
             yield
         finally:
@@ -111,8 +116,21 @@ class SyntheticAdapters:
         return factors
 
 
-def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path) -> dict[str, Any]:
-    """One whole compression: assignment, passes with a work folder, files put together."""
+@dataclass(frozen=True)
+class Spec:
+    """One compression: a size, or the bytes to choose it for."""
+
+    adapters: int
+    layers: int
+    method: str
+    rank: int
+    clusters: int
+    max_bytes: str | None
+    threads: int
+
+
+def compress_once(spec: Spec, folder: Path) -> dict[str, Any]:
+    """One whole compression: choice, assignment, passes with a work folder, files put together."""
     import torch
 
     from vllm_jdlora.adapter import SliceShape
@@ -122,8 +140,9 @@ def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path
     from vllm_jdlora.jd import clustering, slice_fit
     from vllm_jdlora.jd.problem import SliceProblem
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(spec.threads)
     clock = Clock()
+    n, layers = spec.adapters, spec.layers
     source = SyntheticAdapters(n, layers)
     source.factors = clock.timed("generate", source.factors)  # type: ignore[method-assign]
     SliceProblem.from_factors = staticmethod(clock.timed("stack", SliceProblem.from_factors))  # type: ignore[method-assign]
@@ -131,25 +150,35 @@ def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path
     clustering.assignment = clock.timed("assign", clustering.assignment)
     fitted = Fits(slice_fit.fit_full)
     slice_fit.fit_full = fitted
-    full = slice_fit.METHODS["full"]
     slice_fit.METHODS = {
-        "full": replace(
-            full,
-            fit=clock.timed("fit", full.fit),
-            refit=clock.timed("measure", full.refit),
-            captured=clock.timed("energies", full.captured),
+        name: replace(
+            method,
+            fit=clock.timed("fit", method.fit),
+            refit=clock.timed("measure", method.refit),
+            captured=clock.timed("energies", method.captured),
         )
+        for name, method in slice_fit.METHODS.items()
     }
     slice_fit.squared_errors = clock.timed("measure", slice_fit.squared_errors)
     work.WorkFolder.save = clock.timed("write", work.WorkFolder.save)  # type: ignore[method-assign]
 
-    recipe = slice_fit.SliceRecipe(rank=RANK, cast=torch.Tensor.bfloat16, sigma_dtype=torch.bfloat16)
     shapes = [SliceShape(name, source.width(m), HIDDEN) for m, name in enumerate(source.slice_names)]
     output = folder / "collection"
     with progress_bars() as show, work.WorkFolder(output, "bench") as store:
         output.mkdir()
         store.open(output)
-        fit = clustering.fit_collection(source, recipe, clusters=clusters, store=store, progress=show)
+        slices = clustering.weighted_slices(source, None, 0)
+        size, predicted = (spec.method, spec.rank, spec.clusters), None
+        if spec.max_bytes is not None:
+            with clock.phase("choose"):
+                choice = choose(slices, shapes, spec, show)
+            size, predicted = (choice.method, choice.rank, choice.clusters), choice.mean_error
+            print(
+                f"chosen: {size}, relative error {predicted:.3f}, {clock.cpu_seconds['choose']:.0f} s", file=sys.stderr
+            )
+        method, rank, clusters = size
+        recipe = slice_fit.SliceRecipe(rank, method, torch.Tensor.bfloat16, torch.bfloat16)
+        fit = clustering.fit_collection(source, recipe, clusters=clusters, store=store, slices=slices, progress=show)
         with clock.phase("write"):
             write_tensors(output, shapes, fit, range(n), torch.arange(clusters), "none", show)
     relative = (fit.squared_error.sum(1) / fit.squared_norm.sum(1)).sqrt()
@@ -159,9 +188,13 @@ def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path
     return {
         "adapters": n,
         "layers": layers,
+        "method": method,
         "clusters": clusters,
-        "rank": RANK,
-        "threads": threads,
+        "rank": rank,
+        "max_bytes": spec.max_bytes,
+        "predicted_relative_error": predicted and round(predicted, 4),
+        "threads": spec.threads,
+        "nice": os.nice(0),
         "passes": fit.passes,
         "objective": fit.objective,
         "mean_relative_error": round(float(relative.mean()), 4),
@@ -170,10 +203,24 @@ def compress_once(n: int, layers: int, clusters: int, threads: int, folder: Path
         "seconds_without_generating": round(sum(seconds.values()) - seconds["generate"], 1),
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "collection_mib": round(sum(file.stat().st_size for file in output.iterdir()) / 2**20, 1),
-        "fit_gflops": round(fitted.flops / max(clock.seconds["fit"], 1e-9) / 1e9, 1),
-        "fit_sweeps": round(fitted.sweeps / max(fitted.calls, 1), 1),
+        "fit_gflops": round(fitted.flops / max(clock.seconds["fit"], 1e-9) / 1e9, 1) if fitted.calls else None,
+        "fit_sweeps": round(fitted.sweeps / max(fitted.calls, 1), 1) if fitted.calls else None,
         "gemm_gflops": gemm_rates(n * RANK // clusters),
     }
+
+
+def choose(slices: Any, shapes: Any, spec: Spec, show: Any) -> Any:
+    """The `Choice` that `jdlora compress --max-bytes` makes."""
+    from vllm_jdlora.commands.byte_budget import byte_budget
+    from vllm_jdlora.jd.budget import Sizes
+    from vllm_jdlora.jd.byte_choice import cheapest_loss
+
+    assert spec.max_bytes is not None
+    sides = tuple((part.d_out, part.d_in) for part in shapes)
+    sizes = Sizes(slices=sides, plain=(2 * RANK * sum(map(sum, sides)),) * spec.adapters)
+    methods = ("full", "diag") if spec.method == "auto" else (spec.method,)
+    both = {method: replace(sizes, diagonal=method == "diag") for method in methods}
+    return cheapest_loss(slices, both, byte_budget(spec.max_bytes).of(sizes.uncompressed), progress=show)
 
 
 class Fits:
@@ -216,9 +263,10 @@ def gemm_rates(rows: int) -> dict[str, float]:
 
 def run(options: argparse.Namespace, n: int, layers: int, clusters: int, kind: str) -> dict[str, Any]:
     """One compression in a process of its own; its record, appended to the results."""
+    spec = Spec(n, layers, options.method, options.rank, clusters, options.max_bytes, options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        spec = json.dumps([n, layers, clusters, options.threads, folder])
-        done = subprocess.run([sys.executable, __file__, "--one", spec], stdout=subprocess.PIPE, check=True, text=True)
+        command = [sys.executable, __file__, "--one", json.dumps([asdict(spec), folder])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     record = {"kind": kind, **json.loads(done.stdout), "machine": machine()}
     options.output.parent.mkdir(exist_ok=True)
     with open(options.output, "a", encoding="utf-8") as out:
@@ -226,9 +274,10 @@ def run(options: argparse.Namespace, n: int, layers: int, clusters: int, kind: s
     phases = "  ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items() if seconds >= 0.5)
     cpu = "  ".join(f"{name} {seconds:.0f}" for name, seconds in record["cpu_seconds"].items() if seconds >= 0.5)
     print(
-        f"n {n:5d}  K {clusters:3d}  {3 * layers:3d} slices  {record['passes']} passes: "
+        f"n {n:5d}  JD-{record['method']}  R {record['rank']}  K {record['clusters']:3d}  {3 * layers:3d} slices  "
+        f"{record['passes']} passes: "
         f"{record['seconds_without_generating']:7.1f} s beside generating, {record['peak_gib']:.2f} GiB peak, "
-        f"fit {record['fit_gflops']} of {record['gemm_gflops']['rows_by_basis']} GFLOP/s, "
+        f"fit {record['fit_gflops'] or '-'} of {record['gemm_gflops']['rows_by_basis']} GFLOP/s, "
         f"relative error {record['mean_relative_error']:.3f}\n    seconds: {phases}\n    of a core: {cpu}",
         flush=True,
     )
@@ -256,7 +305,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=32, help="of three slices each")
-    parser.add_argument("--clusters", type=int, nargs="*", default=[8, 25])
+    parser.add_argument("--method", choices=["full", "diag", "auto"], default="full", help="auto: with --max-bytes")
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--clusters", type=int, nargs="*", help="one run for each number (default: 8 25)")
+    parser.add_argument("--max-bytes", metavar="B", help="choose method, rank and clusters for these bytes (1/16)")
     parser.add_argument("--growth", type=int, nargs="*", default=[125, 250, 500, 1000], help="numbers of adapters")
     parser.add_argument("--growth-layers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
@@ -265,12 +317,15 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        n, layers, clusters, threads, folder = json.loads(options.one)
-        print(json.dumps(compress_once(n, layers, clusters, threads, Path(folder))))
+        spec, folder = json.loads(options.one)
+        print(json.dumps(compress_once(Spec(**spec), Path(folder))))
         return
+    if (options.method == "auto") > (options.max_bytes is not None):
+        parser.error("--method auto is a choice for --max-bytes")
     for n in options.growth:
         run(options, n, options.growth_layers, 8, "growth")
-    for clusters in options.clusters:
+    sizes = [0] if options.max_bytes else [8, 25]  # with a budget the number of clusters is chosen
+    for clusters in sizes if options.clusters is None else options.clusters:
         run(options, options.adapters, options.layers, clusters, "whole")
 
 

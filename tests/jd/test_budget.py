@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.jd.conftest import FAMILIES, RANKS, SLICES
-from tests.jd.dense import ListSource, dense, random_factors
+from tests.jd.conftest import RANKS
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.budget import (
     Choice,
     Sizes,
     best_of,
-    cheapest_loss,
     choices,
     choose_for_bytes,
     choose_for_error,
-    diagonal_choices,
     frontier,
 )
-from vllm_jdlora.jd.diag import fit_diag
 from vllm_jdlora.jd.error_curves import ErrorCurves
 from vllm_jdlora.jd.paper_preset import paper_preset
 from vllm_jdlora.jd.problem import Factors, SliceProblem
@@ -127,47 +122,12 @@ def test_a_rank_between_two_of_the_grid_is_used_where_it_fits() -> None:
     assert choose_for_bytes(curves, sizes, sizes.total(1, 8)).rank == 8
 
 
-def test_diagonal_choices_predict_what_a_fit_of_every_slice_loses() -> None:
-    problems = [SliceProblem.from_factors(factors, "s") for factors in SLICES]
-    sizes = Sizes(((24, 24),) * 2, (8 * 2 * 3 * 48,) * 8, diagonal=True)
-    labels = {1: torch.zeros(8, dtype=torch.int64), 2: torch.tensor(FAMILIES)}
-    found = diagonal_choices(problems, labels, sizes, int(0.4 * sizes.uncompressed))
-    assert [choice.clusters for choice in found] == [1, 2]
-    for choice in found:
-        rank, k = choice.rank, choice.clusters
-        assert sizes.total(k, rank) == choice.bytes <= 0.4 * sizes.uncompressed < sizes.total(k, rank + 1)
-        lost, norm = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
-        for factors in SLICES:
-            for label in range(k):
-                members = [i for i in range(8) if int(labels[k][i]) == label]
-                part = SliceProblem.from_factors([factors[i] for i in members], "s")
-                fit = fit_diag(part, rank, max_sweeps=40)
-                for sigma, position in zip(fit.sigma, part.members.tolist(), strict=True):
-                    w = dense(factors[members[position]])
-                    lost[members[position]] += (w - fit.u @ sigma.diag() @ fit.v).square().sum()
-                    norm[members[position]] += w.square().sum()
-        assert choice.mean_squared_error == pytest.approx(float((lost / norm).mean()), rel=1e-3)
-
-
 def test_of_choices_as_good_the_lowest_rank_is_taken() -> None:
     def choice(rank: int, squared: float) -> Choice:
         return Choice(rank, 1, 100, squared**0.5, squared**0.5, squared)
 
     assert best_of([choice(32, 0.100), choice(16, 0.104), choice(8, 0.2)]).rank == 16
     assert best_of([choice(32, 0.100), choice(16, 0.106)]).rank == 32
-
-
-def test_both_methods_are_compared_at_the_bytes_of_each() -> None:
-    # Strangers: truncated SVDs side by side are the best there is, and only JD-Diag holds them without R² numbers each.
-    source = ListSource([random_factors(16, 40, 40, 4, seed=m) for m in range(2)])
-    sizes = Sizes(((40, 40),) * 2, (2 * 2 * 4 * 80,) * 16)
-    both = {"full": sizes, "diag": replace(sizes, diagonal=True)}
-    found = cheapest_loss(source, both, int(0.5 * sizes.uncompressed))
-    alone = cheapest_loss(source, {"full": sizes}, int(0.5 * sizes.uncompressed))
-    assert (found.method, alone.method) == ("diag", "full")
-    assert found.mean_squared_error < alone.mean_squared_error and found.bytes <= 0.5 * sizes.uncompressed
-    with pytest.raises(JDLoRAError, match="too few for 16 adapters"):
-        cheapest_loss(source, {"diag": both["diag"]}, 10)
 
 
 def test_the_papers_choice_takes_the_least_clusters_under_its_error() -> None:

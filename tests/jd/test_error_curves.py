@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 
 from tests.jd.conftest import RANKS, SLICES
 from tests.jd.dense import ListSource, dense, random_factors
-from vllm_jdlora.jd import error_curves as module
-from vllm_jdlora.jd.error_curves import ErrorCurves, MeasuredSlices, cluster_grid, curves_of, error_curves
+from vllm_jdlora.jd.clustering import weighted_slices
+from vllm_jdlora.jd.error_curves import ErrorCurves, cluster_grid, curves_of, error_curves
 from vllm_jdlora.jd.full import fit_full
 from vllm_jdlora.jd.problem import SliceProblem
 
@@ -56,21 +55,7 @@ def test_an_adapter_that_no_probe_holds_counts_as_the_worst() -> None:
     assert torch.equal(relative[:, :, 4], relative[:, :, :4].amax(2))
 
 
-def test_measured_slices_hold_every_projection_alike_and_spread_over_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = SliceProblem.from_factors(random_factors(2, 8, 8, 1), "s")
-    names = [f"layers.{layer}.{p}_proj" for layer in range(30) for p in "qkv"]
-    chosen = [names[i] for i in MeasuredSlices([probe] * 90, names).indices]
-    assert len(set(chosen)) == 24
-    for p in "qkv":
-        layers = [int(name.split(".")[1]) for name in chosen if name.endswith(f"{p}_proj")]
-        assert len(layers) == 8 and max(b - a for a, b in itertools.pairwise(layers)) <= 4
-        assert layers[0] <= 2 and layers[-1] >= 27
-    assert sorted(MeasuredSlices([probe] * 6, names[:6]).indices) == list(range(6))
-    monkeypatch.setattr(module, "_MEASURED_VALUES", 6 * 2 * 2 * 8)  # six slices of two adapters of rank 1
-    assert len(MeasuredSlices([probe] * 90, names)) == 6
-
-
 def test_curves_of_a_source_are_those_of_its_probes() -> None:
-    curves = curves_of(ListSource(SLICES))
+    curves = curves_of(weighted_slices(ListSource(SLICES), None, 0))
     assert curves.n == 8 and curves.clusters == cluster_grid(8) and curves.squared_norm.shape == (8, 2)
     assert math.isclose(float(curves.relative_squared()[-1, -1].max()), 0, abs_tol=1e-9)  # rank 64 holds it all

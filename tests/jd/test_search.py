@@ -182,7 +182,8 @@ def test_an_empty_cluster_takes_adapters() -> None:
 def test_the_best_assignment_is_never_worse_than_its_starts(effort: float) -> None:
     slices = [random_factors(12, 40, 30, 4, seed=m) for m in range(2)]
     best = best_assignment(problems(slices), 12, 3, 3, 0, silent, effort=effort)
-    least = min(lost(slices, start, 3) for start in search.candidate_starts(problems(slices), 12, 3, 3, 0))
+    starts = search.candidate_starts(search.similarities(problems(slices), 12, 3), 12, 3, 0)
+    least = min(lost(slices, start, 3) for start in starts)
     if effort:
         assert lost(slices, best, 3) < 0.999 * least
     else:  # told apart by their leading directions after two sweeps; the reference iterates to the end

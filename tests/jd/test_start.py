@@ -9,10 +9,10 @@ from torch import Tensor
 from tests.jd.dense import family_factors, random_factors
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 from vllm_jdlora.jd.start import (
-    _similarities,
     balanced_groups,
     candidate_starts,
     related_groups,
+    similarities,
     similarity_of,
 )
 
@@ -69,7 +69,7 @@ def test_similarities_do_not_depend_on_norms_in_any_slice() -> None:
     slices = [random_factors(5, 40, 30, 4, seed=m) for m in range(2)]
     louder = [[Factors(f.b * 2.0 ** (i * (7 * m - 3)), f.a) for i, f in enumerate(fs)] for m, fs in enumerate(slices)]
     plain, scaled = (
-        _similarities([SliceProblem.from_factors(factors, "s") for factors in each], 5, 4) for each in (slices, louder)
+        similarities([SliceProblem.from_factors(factors, "s") for factors in each], 5, 4) for each in (slices, louder)
     )
     for a, b in zip(plain, scaled, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # fp32
@@ -78,7 +78,7 @@ def test_similarities_do_not_depend_on_norms_in_any_slice() -> None:
 def test_a_family_of_mixed_signs_is_similar_in_squared_cosines() -> None:
     labels = torch.tensor([0, 1] * 4)
     probes = [SliceProblem.from_factors(family_factors(labels.tolist(), 40, 3, 0.0, seed=m), "s") for m in range(6)]
-    similarity = _similarities(probes, 8, 3)[1].fill_diagonal_(0)
+    similarity = similarities(probes, 8, 3)[1].fill_diagonal_(0)
     same = pairs(labels).fill_diagonal_(False)
     assert float(similarity[same].mean()) > 5 * float(similarity[~pairs(labels)].mean())
 
@@ -86,14 +86,14 @@ def test_a_family_of_mixed_signs_is_similar_in_squared_cosines() -> None:
 def test_related_and_balanced_groups_are_both_on_offer() -> None:
     labels = [0] * 7 + [1] * 3 + [2] * 2
     probes = [SliceProblem.from_factors(family_factors(labels, 40, 3, 0.02, seed=m), "s") for m in range(3)]
-    starts = candidate_starts(probes, 12, 3, 3, seed=0)
+    starts = candidate_starts(similarities(probes, 12, 3), 12, 3, seed=0)
     assert any(torch.equal(pairs(start), pairs(torch.tensor(labels))) for start in starts)
     assert any(start.bincount(minlength=3).tolist() == [4, 4, 4] for start in starts)
 
 
 def test_another_seed_draws_other_starts() -> None:
     probes = [SliceProblem.from_factors(random_factors(12, 40, 30, 4), "s")]
-    a, b = (candidate_starts(probes, 12, 3, 3, seed) for seed in (0, 100))
+    a, b = (candidate_starts(similarities(probes, 12, 3), 12, 3, seed) for seed in (0, 100))
     assert any(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 
 import torch
@@ -25,12 +26,13 @@ from vllm_jdlora.collection.schema import (
 from vllm_jdlora.collection.second_moments import SecondMoments
 from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.budget import Choice, Sizes, cheapest_loss, choose_for_error
+from vllm_jdlora.jd.budget import Choice, Sizes, choose_for_error
+from vllm_jdlora.jd.byte_choice import cheapest_loss
 from vllm_jdlora.jd.certificate import certify_clusters
 from vllm_jdlora.jd.clustering import CollectionFit, check_settings, fit_collection, probe_positions, weighted_slices
 from vllm_jdlora.jd.error_curves import curves_of
 from vllm_jdlora.jd.paper_preset import paper_rule
-from vllm_jdlora.jd.passes import FitStore, MetricOf
+from vllm_jdlora.jd.passes import FitStore, MetricOf, Slices
 from vllm_jdlora.jd.search import single_member_clusters
 from vllm_jdlora.jd.slice_fit import ScalingOverflow, SliceRecipe
 
@@ -87,6 +89,12 @@ class Job:
     plain: Sequence[KeptPlain]
     base: BaseModel
     options: Options
+    known: Slices | None = None  # `weighted_slices` of these adapters, where the choice has read them
+
+    @cached_property
+    def weighted(self) -> Slices:
+        """The slices as the fit weighs them, read once for all that ask."""
+        return self.known or weighted_slices(self.source, self.metrics, self.options.seed)
 
     @property
     def source(self) -> AdapterSource:
@@ -127,6 +135,7 @@ class Job:
                 effort=options.effort,
                 metric_of=self.metrics,
                 store=store,
+                slices=self.weighted,
                 progress=report,
             )
         except ScalingOverflow as error:
@@ -206,7 +215,7 @@ class Job:
         """(floor, reached) root mean squares on the probe slices; None where these are too large for a certificate."""
         if self.options.method != "full":
             return None, None
-        slices = weighted_slices(self.source, self.metrics, self.options.seed)
+        slices = self.weighted
         positions = probe_positions(len(slices), self.options.seed)
         bounds = certify_clusters((slices[index] for index in positions), fit.cluster, self.rank)
         if bounds is None:
@@ -222,12 +231,16 @@ def job_for(fitted: list[Adapter], plain: list[KeptPlain], base: BaseModel, opti
     if options.moments is not None:
         options.moments.check_fit(slices, base.fingerprint)
     rank, clusters = options.rank, options.clusters
+    known: Slices | None = None
     budget = options.max_error is not None or options.max_bytes is not None
     if rank is None and clusters is None and budget:
         uncompressed = sum(2 * p.adapter.parameters for p in plain)
-        choice = _within_budget(fitted, slices, uncompressed, options, report)
+        metrics = None if options.moments is None else metric_of(options.moments, slices)
+        known = weighted_slices(AdapterSource(fitted, slices), metrics, options.seed)
+        choice = _within_budget(known, _sizes(fitted, slices, options, uncompressed), options, report)
         rank, clusters, options = choice.rank, choice.clusters, replace(options, method=choice.method)
         reason = f"predicted to be above the error of {options.max_error or 0:g}"
+        known = None if choice.plain else known
         plain = [*plain, *(KeptPlain(fitted[i], reason) for i in choice.plain)]
         fitted = [a for i, a in enumerate(fitted) if i not in choice.plain]
         slices = common_slices(fitted)
@@ -240,22 +253,18 @@ def job_for(fitted: list[Adapter], plain: list[KeptPlain], base: BaseModel, opti
         plain=plain,
         base=base,
         options=replace(options, method=options.methods[0]),
+        known=known,
     )
     check_settings(job.source, job.clusters)
     return job
 
 
-def _within_budget(
-    fitted: Sequence[Adapter], slices: Sequence[SliceShape], always_plain: int, options: Options, report: Progress
-) -> Choice:
-    sizes = _sizes(fitted, slices, options, always_plain)
-    metrics = None if options.moments is None else metric_of(options.moments, slices)
-    source, seed = AdapterSource(fitted, slices), options.seed
+def _within_budget(slices: Slices, sizes: Sizes, options: Options, report: Progress) -> Choice:
     limit = None if options.max_bytes is None else options.max_bytes(sizes.uncompressed)
     if options.max_error is None:
         both = {method: replace(sizes, diagonal=method == "diag") for method in options.methods}
-        return cheapest_loss(source, both, limit or 0, metric_of=metrics, seed=seed, progress=report)
-    curves = curves_of(source, metric_of=metrics, method=options.methods[0], seed=seed, progress=report)
+        return cheapest_loss(slices, both, limit or 0, seed=options.seed, progress=report)
+    curves = curves_of(slices, method=options.methods[0], seed=options.seed, progress=report)
     choice = choose_for_error(curves, sizes, options.max_error)
     if limit is not None and choice.bytes > limit:
         raise JDLoRAError(

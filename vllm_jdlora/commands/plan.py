@@ -113,7 +113,9 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
     from vllm_jdlora.collection.source import AdapterSource, common_slices, sizes_of
     from vllm_jdlora.jd.budget import frontier
     from vllm_jdlora.jd.certificate import certify_clusters
-    from vllm_jdlora.jd.error_curves import curves_of, measured_slices
+    from vllm_jdlora.jd.clustering import weighted_slices
+    from vllm_jdlora.jd.error_curves import curves_of
+    from vllm_jdlora.jd.measured_slices import measured_slices
 
     with progress_bars() as show:
         show("read adapters", 0, 1)
@@ -124,9 +126,9 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
         if not adapters:
             raise JDLoRAError(f"no adapter can be compressed: {everything[0].name} has {everything[0].plain_only}")
         slices = common_slices(adapters)
-        source = AdapterSource(adapters, slices)
         with threads_for(adapters, slices):
-            curves = curves_of(source, seed=args.seed, progress=show)
+            weighted = weighted_slices(AdapterSource(adapters, slices), None, args.seed)
+            curves = curves_of(weighted, seed=args.seed, progress=show)
         sizes = sizes_of(
             adapters,
             slices,
@@ -134,7 +136,7 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
             quantize="none",
             always_plain=sum(_PLAIN_WIDTH * a.parameters for a in everything if a.plain_only),
         )
-        measured = measured_slices(source, None, args.seed)
+        measured = measured_slices(weighted)
         diagonal = replace(sizes, diagonal=True)
         with threads_for(adapters, slices):
             choice, asked = _chosen(args, curves, sizes, partial(_diagonal, measured, curves, diagonal, show))
@@ -178,12 +180,15 @@ def _of_adapters(args: argparse.Namespace) -> dict[str, Any]:
 def _diagonal(
     measured: Sequence[SliceProblem], curves: ErrorCurves, sizes: Sizes, show: Any, max_bytes: int
 ) -> list[Choice]:
-    """What JD-Diag would lose in so many bytes, in the clusters of the curves."""
-    from vllm_jdlora.jd.budget import diagonal_choices
-    from vllm_jdlora.jd.error_curves import diagonal_grid
+    """What JD-Diag would lose in so many bytes, in the clusters of the curves; nothing where nothing fits."""
+    from vllm_jdlora.jd.byte_choice import candidates, compared
 
-    labels = {k: curves.labels[curves.clusters.index(k)] for k in diagonal_grid(curves.n) if k in curves.clusters}
-    return diagonal_choices(measured, labels, sizes, max_bytes, show)
+    labels = dict(zip(curves.clusters, curves.labels, strict=True))
+    try:
+        tried = candidates({"diag": sizes}, max_bytes)
+    except JDLoRAError:
+        return []
+    return compared(measured, curves.n, [each for each in tried if each.clusters in labels], labels, show)
 
 
 def _chosen(

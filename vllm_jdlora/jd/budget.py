@@ -1,30 +1,16 @@
-"""Method, rank and clusters from an error or a byte budget: what a collection takes, and choices by measured errors."""
+"""Rank and clusters from an error or a byte budget: what a collection takes, and choices by its error curves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.alternation import Progress
-from vllm_jdlora.jd.clustering import probe_slices, weighted_slices
-from vllm_jdlora.jd.error_curves import (
-    DIAGONAL_RANKS,
-    RANKS,
-    ErrorCurves,
-    cluster_grid,
-    diagonal_grid,
-    error_curves,
-    groups,
-    lost_diagonal,
-    measured_slices,
-)
-from vllm_jdlora.jd.passes import MetricOf
-from vllm_jdlora.jd.problem import FactorSource, SliceProblem
+from vllm_jdlora.jd.error_curves import ErrorCurves
 
 MARGIN = 0.1
 """Share by which an adapter's relative error over all slices may exceed its prediction from a few.
@@ -168,61 +154,6 @@ def _filled(ranks: Sequence[int], sizes: Sizes, clusters: int, rank: int, max_by
     return rank
 
 
-def _worth_it(grid: Sequence[int], sizes: Sizes, max_bytes: int, ranks: Sequence[int]) -> list[int]:
-    """Numbers of clusters of which the bytes hold the lowest rank, and the highest fills half of them at least."""
-    fitting = [k for k in grid if sizes.total(k, ranks[0]) <= max_bytes and (k < sizes.n or k == 1)]
-    return [k for k in fitting if 2 * sizes.total(k, ranks[-1]) >= max_bytes] or fitting[-1:] or list(grid[:1])
-
-
-def diagonal_choices(
-    measured: Sequence[SliceProblem],
-    labels: Mapping[int, Tensor],
-    sizes: Sizes,
-    max_bytes: int,
-    progress: Progress | None = None,
-) -> list[Choice]:
-    """JD-Diag at the largest rank that `max_bytes` hold, for each number of clusters in `labels` (K → [n] int64).
-
-    Measured by fits on the slices given. Ranks above 64 and below 2 are left out. progress: stage "measure JD-Diag".
-    """
-    tried = []
-    for k in labels:
-        fitting = [r for r in range(2, DIAGONAL_RANKS[-1] + 1) if sizes.total(k, r) <= max_bytes]
-        tried += [(k, fitting[-1])] if fitting else []
-    report = progress or (lambda stage, done, total: None)
-    norm = torch.zeros(sizes.n, dtype=torch.float64)
-    lost = torch.zeros(len(tried), sizes.n, dtype=torch.float64)
-    for index in range(len(measured) if tried else 0):
-        problem = measured[index]
-        members = problem.members.cpu()
-        norm[members] += problem.squared_norms.cpu()
-        for row, (k, rank) in enumerate(tried):
-            own = labels[k][members]
-            for label in own.unique():
-                positions = (own == label).nonzero()[:, 0]
-                part = problem.subset(positions.to(problem.members.device))
-                lost[row, members[positions]] += lost_diagonal(part, [rank])[0] * part.squared_norms.cpu()
-        report("measure JD-Diag", index + 1, len(measured))
-    known = norm > 0
-    out = []
-    for (k, rank), error in zip(tried, lost, strict=True):
-        squared = error[known] / norm[known]
-        errors = squared.sqrt()
-        out.append(
-            Choice(
-                rank=rank,
-                clusters=k,
-                bytes=sizes.total(k, rank),
-                mean_error=float(errors.mean()),
-                max_error=float(errors.max()),
-                mean_squared_error=float(squared.mean()),
-                method="diag",
-                cluster=labels[k],
-            )
-        )
-    return out
-
-
 def best_of(choices: Sequence[Choice]) -> Choice:
     """The least mean squared error; of those nearly as good (5 %) the lowest rank."""
     least = min(choice.mean_squared_error for choice in choices)
@@ -237,39 +168,3 @@ def frontier(curves: ErrorCurves, sizes: Sizes) -> list[Choice]:
         if not best or choice.mean_squared_error < best[-1].mean_squared_error:
             best.append(choice)
     return best
-
-
-def cheapest_loss(
-    source: FactorSource,
-    sizes: Mapping[str, Sizes],
-    max_bytes: int,
-    *,
-    metric_of: MetricOf | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Choice:
-    """Method, rank and clusters of the least mean squared relative error in `max_bytes`; see `best_of`.
-
-    sizes: by method, for those to choose from ("full", "diag"). Raises JDLoRAError where nothing fits.
-    """
-    measured = measured_slices(source, metric_of, seed)
-    probes = probe_slices(weighted_slices(source, metric_of, seed), seed)
-    found: list[Choice] = []
-    refused: JDLoRAError | None = None
-    if "full" in sizes:
-        grid = _worth_it(cluster_grid(source.n), sizes["full"], max_bytes, RANKS)
-        curves = error_curves(probes, source.n, measured=measured, clusters=grid, seed=seed, progress=progress)
-        try:
-            found.append(choose_for_bytes(curves, sizes["full"], max_bytes))
-        except JDLoRAError as error:
-            refused = error
-    if "diag" in sizes:
-        grid = _worth_it(diagonal_grid(source.n), sizes["diag"], max_bytes, DIAGONAL_RANKS)
-        labels = groups(probes, source.n, grid, seed=seed, progress=progress)
-        found += diagonal_choices(measured, labels, sizes["diag"], max_bytes, progress)
-    if not found:
-        smallest = min(sizes.values(), key=lambda size: size.total(1, 2))
-        raise refused or JDLoRAError(
-            f"{max_bytes} bytes are too few for {source.n} adapters: rank 2 in one cluster takes {smallest.total(1, 2)}"
-        )
-    return best_of(found)

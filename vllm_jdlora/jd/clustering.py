@@ -6,7 +6,7 @@ hands what became of it to a store; a store that keeps it on disk makes the fit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ def fit_collection(
     effort: float = 1.0,
     metric_of: MetricOf | None = None,
     store: FitStore | None = None,
+    slices: Slices | None = None,
     progress: Progress | None = None,
 ) -> CollectionFit:
     """Fit bases, assignment and scalings of all adapters of `source`: least Σ_i of their squared relative errors.
@@ -61,22 +62,24 @@ def fit_collection(
     clusters: K ≤ n. seed: draws the starts; the same seed and inputs give the same bits on one machine with one number
     of threads. effort: of the search for clusters (`best_assignment`). max_passes: over all slices; there is another
     while adapters gain clearly from moving. store: where slices are kept; one that holds part of this very fit is gone
-    on with, to the same bits. progress: called as (stage, done, total) with stages "start" (K > 1), "fit" and
-    "refit N".
+    on with, to the same bits. slices: `weighted_slices` of the same, where they are known; what these hold is let go
+    before the first pass. progress: called as (stage, done, total) with stages "start" (K > 1), "fit" and "refit N".
     Raises JDLoRAError if clusters, passes or the factors do not make sense.
     """
     check_settings(source, clusters, max_passes)
     report = progress or _quiet
     store = store or MemoryStore()
-    slices = weighted_slices(source, metric_of, seed)
+    slices = slices or weighted_slices(source, metric_of, seed)
     number = len(store.accepted())
     if number == 0:
         if store.cluster(0) is None:
-            store.begin(0, assignment(slices, source.n, recipe.rank, clusters, seed, report, effort))
+            store.begin(0, assignment(slices, recipe.rank, clusters, seed, report, effort))
+        slices.held.clear()
         best = run_pass(slices, recipe, clusters, store, 0, range(clusters), report)
         store.accept(0, best.objective)
         number = 1
     else:
+        slices.held.clear()
         best = finished_pass(slices, clusters, store, number - 1)
     while number < max_passes:
         proposed = reassign(best.clustering())
@@ -113,14 +116,12 @@ def check_settings(source: FactorSource, clusters: int, max_passes: int = 1) -> 
         raise JDLoRAError(f"max_passes {max_passes}: give at least 1")
 
 
-def assignment(
-    slices: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int, report: Progress, effort: float = 1.0
-) -> Tensor:
+def assignment(slices: Slices, rank: int, clusters: int, seed: int, report: Progress, effort: float = 1.0) -> Tensor:
     """Labels [n] int64 in 0..clusters−1, from a few of the slices held in memory. effort: of `best_assignment`."""
     if clusters == 1:
-        return torch.zeros(n, dtype=torch.int64)
+        return torch.zeros(slices.n, dtype=torch.int64)
     probes = probe_slices(slices, seed)
-    labels = best_assignment(probes, n, rank, clusters, seed, report, effort=effort)
+    labels = best_assignment(probes, slices.n, rank, clusters, seed, report, effort=effort)
     state = alternate(
         probes, labels, clusters, rank=rank, max_rounds=_PROBE_ROUNDS, max_sweeps=_PROBE_SWEEPS, report=_quiet
     )
@@ -128,9 +129,12 @@ def assignment(
 
 
 def weighted_slices(source: FactorSource, metric_of: MetricOf | None, seed: int) -> Slices:
-    """The source's slices, each adapter as important in one as its share of the adapter's energy, by the probes."""
+    """The source's slices, each adapter as important in one as its share of the adapter's energy, by the probes.
+
+    The probes that fit in memory are held, so that `probe_slices` and who measures errors on them need not read again.
+    """
     slices = Slices(source, metric_of)
-    return slices.weighted_by(probe_positions(len(slices), seed))
+    return slices.weighted_by(probe_positions(len(slices), seed), _PROBE_VALUES)
 
 
 def probe_positions(slices: int, seed: int) -> list[int]:
@@ -138,8 +142,10 @@ def probe_positions(slices: int, seed: int) -> list[int]:
     return torch.randperm(slices, generator=torch.Generator().manual_seed(seed)).tolist()[:_PROBES]
 
 
-def probe_slices(slices: Sequence[SliceProblem], seed: int) -> list[SliceProblem]:
-    """Slices on which clusters are searched and budgets measured, held in memory."""
+def probe_slices(slices: Slices, seed: int) -> list[SliceProblem]:
+    """Slices on which clusters are searched, held in memory: those that `weighted_slices` holds, else read again."""
+    if slices.held:
+        return list(slices.held.values())
     probes: list[SliceProblem] = []
     values = 0
     for index in probe_positions(len(slices), seed):

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_jdlora.jd.alternation import Progress
-from vllm_jdlora.jd.clustering import probe_slices, weighted_slices
-from vllm_jdlora.jd.diag import fit_diag
-from vllm_jdlora.jd.passes import MetricOf
-from vllm_jdlora.jd.problem import FactorSource, SliceProblem
-from vllm_jdlora.jd.search import best_assignment
-from vllm_jdlora.jd.slice_fit import METHODS
+from vllm_jdlora.jd.clustering import probe_slices
+from vllm_jdlora.jd.cores import leading_directions
+from vllm_jdlora.jd.diag import captured_diag, fit_diag
+from vllm_jdlora.jd.full import fit_full
+from vllm_jdlora.jd.measured_slices import clusters_by_slice, filled, measured_slices
+from vllm_jdlora.jd.passes import Slices
+from vllm_jdlora.jd.problem import SliceProblem
+from vllm_jdlora.jd.search import Search
 
 RANKS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 DIAGONAL_RANKS = (4, 8, 16, 32, 64)
 """JD-Diag's ranks do not nest: each is a fit of its own."""
 _CLUSTERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Errors are measured on so many slices, every projection (q, k, v, …) alike and spread over the layers: among 8 drawn
-# at random one projection is easily missing, and mean errors come out up to a quarter too low. Less for large stacks.
-_MEASURED, _MEASURED_VALUES = 24, 2**30
 # Adapters are grouped for bases of this rank at most: groups that are right for one rank are nearly so for others.
 _RANK_OF_SEARCH = 16
 _SWEEPS = 4
+_RANGE_STEPS = 2
 _DIAGONAL_SWEEPS = 40
 # JD-Diag's bases hold its members' own rank-one terms: few, wide clusters share them best. (32 real adapters, 8 bits:
 # at 1/16 of the bytes K 1, 2, 4, 8 lose .029, .028, .029, .035 of the output energy; JD-Full's best is .034.)
@@ -103,22 +103,36 @@ def error_curves(
     clusters = tuple(clusters)
     measured = probes if measured is None else measured
     report = progress or (lambda stage, done, total: None)
-    lost_by_rank = _lost_by_rank if method == "full" else lost_diagonal
+    lost_by_rank = lost_full if method == "full" else lost_diagonal
     labels = torch.stack(list(groups(probes, n, clusters, seed=seed, effort=effort, progress=report).values()))
+    fitted = [clusters_by_slice(each, len(measured)) for each in labels]
     squared_norm = torch.zeros(n, len(measured), dtype=torch.float64)
     lost = torch.zeros(len(clusters), len(ranks), n, len(measured), dtype=torch.float64)
+    known = torch.zeros(len(clusters), n, len(measured), dtype=torch.bool)
     for index in range(len(measured)):
         problem = measured[index]
         members = problem.members.cpu()
         squared_norm[members, index] = problem.squared_norms.cpu()
-        for row in range(len(clusters)):
-            own = labels[row][members]
-            for label in own.unique():
-                positions = (own == label).nonzero()[:, 0]
-                part = problem.subset(positions.to(problem.members.device))
+        for row, k in enumerate(clusters):
+            if k == n and method == "full":
+                lost[row, :, members, index] = _lost_alone(problem, ranks)
+                known[row, members, index] = True
+                continue
+            for positions, part in parts(problem, labels[row], fitted[row][index]):
                 lost[row, :, members[positions], index] = lost_by_rank(part, ranks)
+                known[row, members[positions], index] = True
         report("measure", index + 1, len(measured))
+    lost = torch.stack([filled(each, seen) for each, seen in zip(lost, known, strict=True)])
     return ErrorCurves(clusters, tuple(ranks), labels, lost * squared_norm, squared_norm, method)
+
+
+def parts(problem: SliceProblem, labels: Tensor, clusters: Sequence[int]) -> Iterator[tuple[Tensor, SliceProblem]]:
+    """(positions [m'], those members alone) for each of these clusters of the labels [n] that the slice holds."""
+    own = labels[problem.members.cpu()]
+    for label in clusters:
+        positions = (own == label).nonzero()[:, 0]
+        if len(positions):
+            yield positions, problem.subset(positions.to(problem.members.device))
 
 
 def groups(
@@ -133,53 +147,18 @@ def groups(
     """K → labels [n] int64 of n adapters, for each of these numbers of clusters. effort: of `best_assignment`."""
     report = progress or (lambda stage, done, total: None)
     report("group", 0, len(clusters))
-    found = {}
+    found, search = {}, Search(probes, n, seed)
     for done, k in enumerate(clusters, 1):
         rank = _rank_of_search(probes, n, k)
-        found[k] = best_assignment(probes, n, rank, k, seed, lambda *_: None, effort=effort)
+        found[k] = search.assignment(rank, k, lambda *_: None, effort=effort)
         report("group", done, len(clusters))
     return found
 
 
-def curves_of(
-    source: FactorSource,
-    *,
-    metric_of: MetricOf | None = None,
-    method: str = "full",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> ErrorCurves:
-    """`error_curves` of a collection: grouped on the slices that its own fit takes, measured on `measured_slices`."""
-    probes = probe_slices(weighted_slices(source, metric_of, seed), seed)
-    measured = measured_slices(source, metric_of, seed)
-    return error_curves(probes, source.n, measured=measured, method=method, seed=seed, progress=progress)
-
-
-def measured_slices(source: FactorSource, metric_of: MetricOf | None, seed: int) -> MeasuredSlices:
-    """The slices of a collection that errors are predicted from."""
-    return MeasuredSlices(weighted_slices(source, metric_of, seed), source.slice_names)
-
-
-class MeasuredSlices(Sequence[SliceProblem]):
-    """Up to 24 of the slices, stacked anew at each access: of each projection as many, evenly spread over layers."""
-
-    def __init__(self, slices: Sequence[SliceProblem], names: Sequence[str]) -> None:
-        by_projection: dict[str, list[int]] = {}
-        for index, name in enumerate(names):
-            by_projection.setdefault(name.rpartition(".")[2], []).append(index)
-        values = slices[0].bt.numel() + slices[0].a.numel()
-        each = max(1, min(_MEASURED, _MEASURED_VALUES // max(1, values)) // len(by_projection))
-        self.indices: list[int] = []
-        for group in by_projection.values():
-            count = min(each, len(group))
-            self.indices += [group[int((i + 0.5) * len(group) / count)] for i in range(count)]
-        self._slices = slices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> SliceProblem:  # type: ignore[override]
-        return self._slices[self.indices[index]]
+def curves_of(slices: Slices, *, method: str = "full", seed: int = 0, progress: Progress | None = None) -> ErrorCurves:
+    """`error_curves` of a collection's `weighted_slices`: grouped on the probes, measured on `measured_slices`."""
+    probes, measured = probe_slices(slices, seed), measured_slices(slices)
+    return error_curves(probes, slices.n, measured=measured, method=method, seed=seed, progress=progress)
 
 
 def diagonal_grid(n: int) -> tuple[int, ...]:
@@ -193,15 +172,15 @@ def _rank_of_search(probes: Sequence[SliceProblem], n: int, clusters: int) -> in
     return max(1, min(_RANK_OF_SEARCH, rows // n, rows // (2 * clusters)))
 
 
-def _lost_by_rank(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
+def lost_full(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
     """[G, m] fp64: relative squared error of one cluster's members at each rank, from one fit at the largest.
 
     One Gauss–Seidel sweep from the leading columns: alone they lose 7 % more than a fit of their rank does on related
     adapters, and 25 % more on random ones.
     """
     most = min(max(ranks), problem.rows, problem.bt.shape[1], problem.a.shape[1])
-    u, v = METHODS["full"].fit(problem, most, None, _SWEEPS)
-    z_all, t_all = problem.times(u.to(problem.bt), v.to(problem.a).T)
+    fit = fit_full(problem, most, max_sweeps=_SWEEPS, range_steps=_RANGE_STEPS)
+    z_all, t_all = problem.times(fit.u.to(problem.bt), fit.v.to(problem.a).T)
     kept = []
     for rank in ranks:
         z, t = z_all[:, :rank], t_all[:, :rank]
@@ -209,7 +188,7 @@ def _lost_by_rank(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
             z = problem.bt @ torch.linalg.qr(problem.gram_step_out(z, t)).Q
             t = problem.a @ torch.linalg.qr(problem.gram_step_in(z, t)).Q
         kept.append(problem.energies(z, t))
-    return (1 - torch.stack(kept) / problem.importance).clamp_min(0).cpu()
+    return _lost(problem, kept)
 
 
 def lost_diagonal(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
@@ -217,5 +196,15 @@ def lost_diagonal(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
     kept = []
     for rank in ranks:
         fit = fit_diag(problem, rank, max_sweeps=_DIAGONAL_SWEEPS)
-        kept.append(METHODS["diag"].captured(problem, fit.u[None], fit.v[None])[:, 0])
-    return (1 - torch.stack(kept) / problem.importance).clamp_min(0).cpu()
+        kept.append(captured_diag(problem, fit.u[None], fit.v[None])[:, 0])
+    return _lost(problem, kept)
+
+
+def _lost_alone(problem: SliceProblem, ranks: Sequence[int]) -> Tensor:
+    """The same of each member's own truncated SVD."""
+    energy = leading_directions(problem)[0].double().square().sum(2)  # [m, ρ]
+    return _lost(problem, [energy[:, :rank].sum(1).to(problem.importance) for rank in ranks])
+
+
+def _lost(problem: SliceProblem, kept: Sequence[Tensor]) -> Tensor:
+    return (1 - torch.stack(list(kept)) / problem.importance).clamp_min(0).cpu()

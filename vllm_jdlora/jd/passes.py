@@ -69,27 +69,48 @@ class MemoryStore:
 
 
 class Slices(Sequence[SliceProblem]):
-    """The source's slices in the metric, stacked anew at each access: only the current one is held in memory."""
+    """The source's slices in the metric, stacked anew at each access: one is in memory, and those that are held."""
 
     def __init__(self, source: FactorSource, metric_of: MetricOf | None, energies: Tensor | None = None) -> None:
         """energies: [n] fp64 that adapters are weighted by (`SliceProblem.in_shares_of`)."""
         self.n = source.n
+        self.names = source.slice_names
         self.energies = energies
+        self.held: dict[int, SliceProblem] = {}
+        """Slices by position, to be cleared when nothing asks for them again."""
         self._source = source
         self._metric_of = metric_of
 
-    def weighted_by(self, positions: Sequence[int]) -> Slices:
-        """The same with `mean_energies` over some of the slices, in the metric."""
+    def weighted_by(self, positions: Sequence[int], values: int = 0) -> Slices:
+        """The same with `mean_energies` over some of the slices, in the metric.
+
+        values: the first of these stay in `held`, up to so many values in all, at least one where any may.
+        """
         plain = Slices(self._source, self._metric_of)
+        kept: dict[int, SliceProblem] = {}
+
+        def read() -> Iterator[SliceProblem]:
+            left, full = values, values <= 0
+            for index in positions:
+                problem = plain[index]
+                left -= problem.bt.numel() + problem.a.numel()
+                full = full or (left < 0 and bool(kept))
+                if not full:
+                    kept[index] = problem
+                yield problem
+
         metric = self.metric(0)
-        absolute = metric is not None and metric.absolute
-        energies = mean_energies((plain[index] for index in positions), self.n, absolute=absolute)
-        return Slices(self._source, self._metric_of, energies)
+        energies = mean_energies(read(), self.n, absolute=metric is not None and metric.absolute)
+        weighted = Slices(self._source, self._metric_of, energies)
+        weighted.held = {index: problem.in_shares_of(energies) for index, problem in kept.items()}
+        return weighted
 
     def __len__(self) -> int:
-        return len(self._source.slice_names)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> SliceProblem:  # type: ignore[override]
+        if index in self.held:
+            return self.held[index]
         metric = self.metric(index)
         view = self.plain(index) if metric is None else metric.applied_to(self.plain(index))
         return view if self.energies is None else view.in_shares_of(self.energies)
@@ -102,7 +123,7 @@ class Slices(Sequence[SliceProblem]):
 
     def plain(self, index: int) -> SliceProblem:
         """The slice's adapters as they are."""
-        name = self._source.slice_names[index]
+        name = self.names[index]
         with _one_thread():
             factors = self._source.factors(index)
             if len(factors) != self._source.n:

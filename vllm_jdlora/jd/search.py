@@ -20,7 +20,7 @@ from vllm_jdlora.jd.exchange import (
     labels_of,
 )
 from vllm_jdlora.jd.problem import SliceProblem
-from vllm_jdlora.jd.start import balanced_groups, candidate_starts, similarity_of
+from vllm_jdlora.jd.start import balanced_groups, candidate_starts, similarities, similarity_of
 
 # Nominal seconds of one core: for any collection, and for each adapter.
 _SECONDS, _SECONDS_EACH = 20.0, 0.12
@@ -36,6 +36,8 @@ _MERGES, _SPLITS = 6, 2
 # Sweeps of the last comparison, on the slices themselves.
 _SWEEPS = 4
 _TICKS = 100
+# Starts of more adapters than these are compared less thoroughly where many numbers of clusters are tried.
+_FEW = 128
 
 
 def best_assignment(
@@ -56,14 +58,7 @@ def best_assignment(
     tens of adapters, some minutes for a thousand; 0 only compares the starts. report: called as ("start", done, 100).
     The same inputs and seed give the same labels on one machine.
     """
-    if clusters == 1 or not probes:
-        return torch.zeros(n, dtype=torch.int64)
-    if clusters >= n:
-        return torch.arange(n)
-    with _one_thread():
-        labels = _searched(probes, n, rank, clusters, seed, report, effort)
-    report("start", _TICKS, _TICKS)
-    return labels
+    return Search(probes, n, seed).assignment(rank, clusters, report, effort=effort)
 
 
 def single_member_clusters(labels: Tensor, clusters: int) -> list[int]:
@@ -88,26 +83,73 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _searched(
-    probes: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int, report: Progress, effort: float
-) -> Tensor:
-    starts = [groups_of(labels, clusters) for labels in candidate_starts(probes, n, rank, clusters, seed)]
-    for ignored in _IGNORED:
-        evaluator = Evaluator(Cores(probes, n, ignored), rank, effort * (_SECONDS + _SECONDS_EACH * n))
-        found = best_start = max(starts, key=evaluator.total)
-        if evaluator.most - evaluator.total(best_start) > ignored * evaluator.most:
-            break
-    evaluator.spent = 0.0
-    if effort > 0:
-        found = _search(evaluator, starts, similarity_of(probes, n), seed, _Ticks(evaluator, report))
-    if found == best_start:
-        return labels_of(found, n)
-    # The search saw leading directions only; the slices themselves have the last word.
-    after, before = (
-        refit(probes, Clustering.unfitted(labels_of(groups, n), clusters), rank, _SWEEPS, _quiet).objective[-1]
-        for groups in (found, best_start)
-    )
-    return labels_of(found if after <= before else best_start, n)
+class Search:
+    """What searches for different numbers of clusters on the same probe slices have in common, computed once."""
+
+    def __init__(self, probes: Sequence[SliceProblem], n: int, seed: int) -> None:
+        self._probes, self._n, self._seed = probes, n, seed
+        self._alike: dict[int, list[Tensor]] = {}  # by rank
+        self._cores: tuple[tuple[float, int], Cores] | None = None  # the last: of a thousand adapters they are large
+        self._better: int | None = None  # of the two kinds of similarity, for many adapters
+
+    def assignment(self, rank: int, clusters: int, report: Progress, *, effort: float = 1.0) -> Tensor:
+        """As `best_assignment`. With effort 0, many adapters' starts are compared on the smallest of the probes, and
+        after the first comparison only starts by the kind of similarity that won it."""
+        if clusters == 1 or not self._probes:
+            return torch.zeros(self._n, dtype=torch.int64)
+        if clusters >= self._n:
+            return torch.arange(self._n)
+        with _one_thread():
+            roughly = effort == 0 and self._n > _FEW
+            labels = self._compared(rank, clusters) if roughly else self._searched(rank, clusters, report, effort)
+        report("start", _TICKS, _TICKS)
+        return labels
+
+    def _searched(self, rank: int, clusters: int, report: Progress, effort: float) -> Tensor:
+        n, probes = self._n, self._probes
+        kinds = self._similarities(rank)
+        starts = [groups_of(labels, clusters) for labels in candidate_starts(kinds, n, clusters, self._seed)]
+        for ignored in _IGNORED:
+            evaluator = Evaluator(self._leading(ignored, probes), rank, effort * (_SECONDS + _SECONDS_EACH * n))
+            found = best_start = max(starts, key=evaluator.total)
+            if evaluator.most - evaluator.total(best_start) > ignored * evaluator.most:
+                break
+        evaluator.spent = 0.0
+        if effort > 0:
+            similarity = kinds[-1] if kinds else similarity_of(probes, n)
+            found = _search(evaluator, starts, similarity, self._seed, _Ticks(evaluator, report))
+        if found == best_start:
+            return labels_of(found, n)
+        # The search saw leading directions only; the slices themselves have the last word.
+        after, before = (
+            refit(probes, Clustering.unfitted(labels_of(groups, n), clusters), rank, _SWEEPS, _quiet).objective[-1]
+            for groups in (found, best_start)
+        )
+        return labels_of(found if after <= before else best_start, n)
+
+    def _compared(self, rank: int, clusters: int) -> Tensor:
+        kinds = self._similarities(rank)
+        offered = kinds if self._better is None else [kinds[self._better]]
+        starts = candidate_starts(offered, self._n, clusters, self._seed)
+        smallest = min(self._probes, key=lambda probe: probe.bt.numel() + probe.a.numel())
+        evaluator = Evaluator(self._leading(_IGNORED[0], [smallest]), rank, 0.0)
+        totals = [evaluator.total(groups_of(labels, clusters)) for labels in starts]
+        best = totals.index(max(totals))
+        if self._better is None and kinds:
+            self._better = best * len(kinds) // len(starts)
+        return starts[best]
+
+    def _similarities(self, rank: int) -> list[Tensor]:
+        if rank not in self._alike:
+            self._alike[rank] = similarities(self._probes, self._n, rank)
+        return self._alike[rank]
+
+    def _leading(self, ignored: float, probes: Sequence[SliceProblem]) -> Cores:
+        key = ignored, len(probes)
+        if self._cores is None or self._cores[0] != key:
+            self._cores = None  # before the next, not beside it
+            self._cores = key, Cores(probes, self._n, ignored)
+        return self._cores[1]
 
 
 class _Ticks:

@@ -21,8 +21,8 @@ _DRAWS, _FEW = 2, 128
 _PAIRWISE = 20_000
 
 
-def candidate_starts(probes: Sequence[SliceProblem], n: int, rank: int, clusters: int, seed: int) -> list[Tensor]:
-    """Labels [n] int64 of several starts: related groups and balanced groups, by each kind of similarity.
+def candidate_starts(alike: Sequence[Tensor], n: int, clusters: int, seed: int) -> list[Tensor]:
+    """Labels [n] int64 of several starts: related and balanced groups by each kind of similarity, of `similarities`.
 
     Related groups are right where adapters clearly come in families. Adapters that share little are the common case,
     and there balance decides: a basis of rank R serves one more adapter worse the more it already holds (32 real
@@ -31,7 +31,7 @@ def candidate_starts(probes: Sequence[SliceProblem], n: int, rank: int, clusters
     if n > _PAIRWISE:
         return [_even_labels(n, clusters, torch.Generator().manual_seed(seed))]
     starts = []
-    for similarity in _similarities(probes, n, rank):
+    for similarity in alike:
         for number in range(_DRAWS if n <= _FEW else 1):
             draw = torch.Generator().manual_seed(seed + number)
             starts.append(related_groups(similarity, clusters, draw))
@@ -106,12 +106,15 @@ def similarity_of(probes: Sequence[SliceProblem], n: int) -> Tensor:
     return _with_unit_diagonal(total)
 
 
-def _similarities(probes: Sequence[SliceProblem], n: int, rank: int) -> list[Tensor]:
+def similarities(probes: Sequence[SliceProblem], n: int, rank: int) -> list[Tensor]:
     """Two kinds of similarity [n, n] fp32 with unit diagonal (zero for adapters that the probes do not hold).
 
     The paper's: cosine of the Σ_i of a single-cluster fit, all slices concatenated; it sees only the common subspace.
-    And `similarity_of`. Both have adapters of unit norm, else those of large norm become clusters of their own.
+    And `similarity_of`. Both have adapters of unit norm, else those of large norm become clusters of their own. None
+    where those of all pairs are too many for memory.
     """
+    if n > _PAIRWISE:
+        return []
     fitted = torch.zeros(n, n)
     for probe in probes:
         sigma = _rows(probe, fit_full(probe, rank, max_sweeps=2).sigma, n)
