@@ -120,7 +120,8 @@ def print_tables(groups: Sequence[Group], workloads: Sequence[Workload], ratios:
         shown = [f"{figures[m]:.3f}{'' if goal.met(figures[m]) else ' ✗'}" if m in figures else "–" for m in measures]
         met = all(goal.met(figure) for figure in figures.values())
         goals.add_row(goal.text, goal.ratio, *shown, "yes" if met else "no")
-    console.print(goals)
+    if goals.row_count:
+        console.print(goals)
 
 
 def _cell(group: Group, measure: str, key: str) -> str:
