@@ -66,6 +66,17 @@ def test_a_kind_of_adapter_waits_while_its_slots_are_taken(scheduler):
     assert not scheduler.waiting
 
 
+def test_each_step_looks_at_who_runs_then(scheduler):
+    scheduler.running = [Request(i) for i in (1, 2, 3)]
+    scheduler.waiting = [Request(4)]
+    scheduler.schedule()
+    assert scheduler.waiting
+    scheduler.running = [Request(i) for i in (5, 6, 7)]
+    scheduler.waiting = [Request(8), Request(6)]
+    scheduler.schedule()
+    assert [r._lora.lora_int_id for r in scheduler.waiting] == [8]
+
+
 def test_running_requests_are_looked_at_once_in_a_step_however_many_wait(scheduler):
     scheduler.running = [Request(1 + i % SCALING_SLOTS) for i in range(50)]
     scheduler.waiting = [Request(100 + i) for i in range(50)]
