@@ -60,7 +60,8 @@ def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
         for axis, (targets, rows) in zip(axes[:, 0], panels.items(), strict=True):
             _draw(axis, record, rows)
             axis.set_title(f"adapters on {_TARGETS[targets]}", loc="left", fontsize=10)
-        axes[0, 0].legend(loc="lower right")
+        axes[0, 0].set_xlim(0, 1.1 * axes[0, 0].get_xlim()[1])  # room for the numbers
+        axes[0, 0].legend(loc="upper right", bbox_to_anchor=(0.88, 1))
         axes[-1, 0].set_xlabel("tokens/s, % of the base model without LoRA")
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
@@ -88,7 +89,6 @@ def _draw(axis: Any, record: dict[str, Any], rows: list[tuple[str, dict[str, Any
     axis.axvline(100, color="#444444", lw=1, ls="--")
     axis.set_yticks(range(len(rows)), [record["rows"][key]["title"] for key, _ in rows])
     axis.invert_yaxis()
-    axis.set_xlim(left=0)
     axis.tick_params(left=False)
 
 
