@@ -8,7 +8,7 @@ base model are not looked at.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm_jdlora.kernels import cpu_threads
-from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, expand_tile, lay_u, lay_v, shrink_tile
+from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, expand_tile, lay_u, lay_v, shrink_tile, sigma_tile
 
 _MOST = TOKENS[-1]
 # Rows of V are padded to the sums of one token's tile, which is a vector at most.
@@ -45,6 +45,8 @@ class TokenGroups:
         tokens, slots: int64 [L], the rows sorted by cluster and then by scaling slot, and each one's slot.
         tile_start, tile_count, tile_cluster: int64 [tiles]; a tile is ``tokens[start : start + count]``.
         split: int64 [threads + 1]; thread i has the tiles ``split[i] : split[i + 1]``.
+        empty: whether no token has an adapter.
+        address: of the addresses that the kernel reads; valid while this plan lives.
     """
 
     num_tokens: int
@@ -54,11 +56,17 @@ class TokenGroups:
     tile_count: np.ndarray
     tile_cluster: np.ndarray
     split: np.ndarray
+    empty: bool = field(init=False)
+    threads: int = field(init=False)
+    address: int = field(init=False, repr=False)
     _addresses: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = (self.tokens, self.slots, self.tile_start, self.tile_count, self.tile_cluster, self.split)
+        # Read once here and not by every layer.
         self._addresses = np.array([part.ctypes.data for part in parts], dtype=np.int64)
+        self.address = self._addresses.ctypes.data
+        self.empty, self.threads = not len(self.tokens), len(self.split) - 1
 
     @classmethod
     def plan(cls, token_cluster: np.ndarray, token_slot: np.ndarray, threads: int | None = None) -> TokenGroups:
@@ -88,19 +96,6 @@ class TokenGroups:
             split=_split(tile_count, threads),
         )
 
-    @property
-    def empty(self) -> bool:
-        return not len(self.tokens)
-
-    @property
-    def threads(self) -> int:
-        return len(self.split) - 1
-
-    @property
-    def address(self) -> int:
-        """Of the addresses that the kernel reads; valid while this plan lives."""
-        return self._addresses.ctypes.data
-
 
 def _split(tile_count: np.ndarray, threads: int) -> np.ndarray:
     """Tiles for each thread, alike in work: reading a cluster's bases costs about as much as one token."""
@@ -123,9 +118,9 @@ class PackedLinear:
     """
 
     def __init__(self, widths: Sequence[int], d_in: int, rank: int, clusters: int, form: Form, sigma: torch.Tensor):
-        """Room for C clusters of bases of rank R (even). widths: d_out of each slice."""
-        if rank % 2:
-            raise ValueError(f"the CPU kernel takes even ranks, not {rank}: pad with zeros")
+        """Room for C clusters of bases of rank R, a multiple of 8. widths: d_out of each slice."""
+        if rank % 8:
+            raise ValueError(f"the CPU kernel takes ranks that are multiples of 8, not {rank}: pad with zeros")
         if sigma.dtype != torch.float32 or not sigma[0].is_contiguous():
             raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous")
         self.form, self.rank, self.widths, self.sigma = form, rank, tuple(widths), sigma
@@ -147,7 +142,8 @@ class PackedLinear:
         )
         self._fill_in()
         self._data = self._parameters.ctypes.data
-        self._function = _kernel(form)
+        self._run = _kernel(form, form.lanes if rank % form.lanes == 0 else 8)
+        self._take_scratch(cpu_threads.count())
 
     def write(self, cluster: int, u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
         """Lay one cluster's bases down: for each slice U [d_out, R] and V [R, d_in]."""
@@ -163,17 +159,17 @@ class PackedLinear:
         """
         if groups.empty:
             return
-        if y.dtype != self.form.stored or x.dtype != self.form.stored:
-            raise ValueError(f"x and y must be {self.form.stored}, as the bases are, not {x.dtype} and {y.dtype}")
-        width = y.element_size()
-        parameters = self._parameters
-        parameters[_X], parameters[_X_STRIDE] = x.data_ptr(), x.stride(0) * width
-        parameters[_Y], parameters[_Y_STRIDE] = y.data_ptr(), y.stride(0) * width
-        parameters[_PLAN] = groups.address
+        stored = self.form.stored
+        if y.dtype != stored or x.dtype != stored:
+            raise ValueError(f"x and y must be {stored}, as the bases are, not {x.dtype} and {y.dtype}")
         threads = groups.threads
-        scratch = _scratch(self._scratch_bytes * threads)
-        parameters[_SCRATCH] = scratch
-        cpu_threads.on_all(self._function, self._data, threads)
+        if threads > self._threads:
+            self._take_scratch(threads)
+        self._run(self._data, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
+
+    def _take_scratch(self, threads: int) -> None:
+        self._parameters[_SCRATCH] = _scratch(self._scratch_bytes * threads)
+        self._threads = threads
 
     def _fill_in(self) -> None:
         v, sigma, fields = self._v, self.sigma, self._parameters
@@ -191,34 +187,38 @@ class PackedLinear:
         fields[_SLICE_TABLE] = self._slices.ctypes.data
 
 
-_held: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8)]
+_held: list[torch.Tensor] = []
 
 
 def _scratch(size: int) -> int:
-    """Address of so many bytes that all layers share; layers run one after the other."""
-    if _held[0].numel() < size + _LINE:
-        _held[0] = torch.empty(size + _LINE, dtype=torch.uint8)
-    return -(-_held[0].data_ptr() // _LINE) * _LINE
+    """Address of so many bytes, which layers share; they run one after the other. Never freed: few sizes occur."""
+    if not _held or _held[-1].numel() < size + _LINE:
+        _held.append(torch.empty(size + _LINE, dtype=torch.uint8))
+    return -(-_held[-1].data_ptr() // _LINE) * _LINE
 
 
 @lru_cache
-def _kernel(form: Form) -> int:
-    """Address of the compiled ``void(int64 *parameters)`` that a thread runs; about two seconds at the first call."""
+def _kernel(form: Form, few: int) -> Callable[[int, int, int, int, int, int, int], None]:
+    """The compiled call: parameters' address, x and its stride (in numbers), y and its stride, plan, threads.
+
+    few: rows of Σ that are taken at once, a divisor of the rank. Compiling takes about two seconds.
+    """
     import numba
 
-    from vllm_jdlora.kernels.cpu_numbers import address_as_pointer, bits_of, narrowed, widened
+    from vllm_jdlora.kernels.cpu_numbers import address_as_pointer, narrowed, widened
 
     carray, int64, float32 = numba.carray, np.int64, np.float32
     shrink1, shrink2, shrink4 = (shrink_tile(form, tokens) for tokens in TOKENS)
     vectors, lanes = form.vectors, form.lanes
     wide1, wide2, wide4 = (expand_tile(form, tokens, vectors) for tokens in TOKENS)
     slim1, slim2, slim4 = (expand_tile(form, tokens, 1) for tokens in TOKENS)
+    apply_sigma, scale = sigma_tile(form, few, False), sigma_tile(form, few, True)
     rows1, rows2, rows4 = (form.rows(tokens) for tokens in TOKENS)
     pairs, half = form.pairs, form.stored == torch.bfloat16
     width = 2 if half else 4
     x_width = 2 if pairs else 4
     step, vector_bytes = form.step, form.vector_bytes
-    thread_number = cpu_threads.thread_number()
+    thread_number, on_all = cpu_threads.thread_number(), cpu_threads.on_all()
     jit = numba.njit(error_model="numpy", fastmath=True, inline="always")
 
     @jit
@@ -258,7 +258,6 @@ def _kernel(form: Form) -> int:
         at_y = at_g + line(4 * rows * 4)
         x_rows = carray(address_as_pointer(at_rows), 4, int64)
         y_rows = carray(address_as_pointer(at_rows + 32), 4, int64)
-        h = carray(address_as_pointer(at_h), (4, rows), float32)
         g = carray(address_as_pointer(at_g), (4, rows), float32)
         g_pairs = carray(address_as_pointer(at_g), (4, 2 * rows), np.uint16)
         copied = (not pairs and half) or padded != d_in
@@ -289,37 +288,28 @@ def _kernel(form: Form) -> int:
                     x_rows[i] = at_x + i * padded * x_width
 
             v = p[_V] + tile_cluster[tile] * p[_V_CLUSTER]
+            onward = tile_cluster[min(tile + 1, split[thread + 1] - 1)] - tile_cluster[tile]
+            v_ahead = onward * p[_V_CLUSTER]
             if size == 1:
                 for j in range(0, rows, rows1):
-                    shrink1(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride)
+                    shrink1(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride, v_ahead)
             elif size == 2:
                 for j in range(0, rows, rows2):
-                    shrink2(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride)
+                    shrink2(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride, v_ahead)
             else:
                 for j in range(0, rows, rows4):
-                    shrink4(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride)
+                    shrink4(at_rows, row_of_v(v, j, p[_V_BLOCK]), p[_V_BLOCK], turns, at_h + j * 4, g_stride, v_ahead)
 
+            g_width = 2 if pairs else 4
             for i in range(count):
                 sigma = p[_SIGMA] + slots[start + i] * p[_SIGMA_SLOT]
-                if p[_DIAGONAL]:
-                    d1 = carray(address_as_pointer(sigma), slices * rank, float32)
-                    for r in range(slices * rank):
-                        scaled = d1[r] * h[i, r]
-                        if pairs:
-                            g_pairs[i, r] = narrowed(scaled)
-                        else:
-                            g[i, r] = scaled
-                else:
-                    d2 = carray(address_as_pointer(sigma), (slices * rank, rank), float32)
-                    for r in range(slices * rank):
+                of_h, of_g = at_h + i * g_stride, at_g + i * g_stride
+                for r in range(0, slices * rank, few):
+                    if p[_DIAGONAL]:
+                        scale(sigma + 4 * r, 1, of_h + 4 * r, of_g + g_width * r)
+                    else:
                         first = r // rank * rank
-                        total = float32(0)
-                        for q in range(rank):
-                            total += d2[r, q] * h[i, first + q]
-                        if pairs:
-                            g_pairs[i, r] = narrowed(total)
-                        else:
-                            g[i, r] = total
+                        apply_sigma(sigma + 4 * r * rank, rank // few, of_h + 4 * first, of_g + g_width * r)
 
             table = carray(address_as_pointer(p[_SLICE_TABLE]), (slices, _PER_SLICE), int64)
             column = int64(0)
@@ -327,25 +317,26 @@ def _kernel(form: Form) -> int:
             for s in range(slices):
                 u = table[s, 0] + tile_cluster[tile] * table[s, 1]
                 u_block, d_out = table[s, 2], table[s, 3]
+                u_ahead = onward * table[s, 1]
                 at_g_slice = at_g + s * rank * (2 if pairs else 4)
                 o = int64(0)
                 while o + vectors * lanes <= d_out:
                     at, to = u + o // lanes * u_block, (column + o) * width
                     if size == 1:
-                        wide1(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
+                        wide1(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth, u_ahead)
                     elif size == 2:
-                        wide2(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
+                        wide2(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth, u_ahead)
                     else:
-                        wide4(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
+                        wide4(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth, u_ahead)
                     o += vectors * lanes
                 while o + lanes <= d_out:
                     at, to = u + o // lanes * u_block, (column + o) * width
                     if size == 1:
-                        slim1(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
+                        slim1(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth, u_ahead)
                     elif size == 2:
-                        slim2(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
+                        slim2(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth, u_ahead)
                     else:
-                        slim4(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth)
+                        slim4(at_rows + 32, to, at, u_block, at_g_slice, g_stride, depth, u_ahead)
                     o += lanes
                 last = u + o // lanes * u_block
                 while o < d_out:
@@ -365,8 +356,16 @@ def _kernel(form: Form) -> int:
                     o += 1
                 column += d_out
 
-    _kept.append((run, bits_of, ctypes))
-    return run.address
+    body = run.address
+    entry = numba.types.void(*[numba.types.int64] * 7)
 
+    @numba.cfunc(entry, error_model="numpy")
+    def call(data: int, x: int, x_stride: int, y: int, y_stride: int, plan: int, threads: int) -> None:
+        p = carray(address_as_pointer(data), _FIELDS, int64)
+        p[_X], p[_X_STRIDE], p[_Y], p[_Y_STRIDE], p[_PLAN] = x, x_stride * width, y, y_stride * width, plan
+        on_all(address_as_pointer(body), address_as_pointer(data), threads, 0)
 
-_kept: list[Any] = []
+    # Holding the interpreter: handing it to another thread and waiting for it again takes longer than the call.
+    function = ctypes.PYFUNCTYPE(None, *[ctypes.c_int64] * 7)(call.address)
+    function.compiled = (run, call)  # type: ignore[attr-defined]
+    return function

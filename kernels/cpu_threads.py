@@ -10,11 +10,30 @@ import ctypes
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _MAPS = Path("/proc/self/maps")
 _RUNTIME = re.compile(r"\s(/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
+_ON_ALL = (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+
+
+def count() -> int:
+    """Threads of torch's pool; 1 where its runtime is none that we know."""
+    return 1 if _runtime() is None else torch.get_num_threads()
+
+
+def thread_number() -> Any:
+    """A C function ``int()``: the number of the thread that calls it, from 0."""
+    runtime = _runtime()
+    return _first if runtime is None else runtime.omp_get_thread_num
+
+
+def on_all() -> Any:
+    """A C function ``void(body, data, threads, 0)``: each thread runs ``body``, a ``void(void *)``, with ``data``."""
+    runtime = _runtime()
+    return _alone if runtime is None else runtime.GOMP_parallel
 
 
 @lru_cache(maxsize=1)
@@ -24,39 +43,19 @@ def _runtime() -> ctypes.CDLL | None:
     if _MAPS.exists():
         candidates += dict.fromkeys(_RUNTIME.findall(_MAPS.read_text()))
     for name in candidates:
-        # PyDLL: the call is shorter than handing the interpreter to another thread and waiting for it again.
-        library = ctypes.PyDLL(name)
+        library = ctypes.CDLL(name)
         if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_thread_num"):
-            library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            library.GOMP_parallel.restype = None
-            library.omp_get_thread_num.restype = ctypes.c_int
-            library.omp_get_thread_num.argtypes = []
+            library.GOMP_parallel.restype, *library.GOMP_parallel.argtypes = _ON_ALL
+            library.omp_get_thread_num.restype, library.omp_get_thread_num.argtypes = ctypes.c_int, []
             return library
     return None
 
 
-def count() -> int:
-    """Threads that `on_all` runs on."""
-    return 1 if _runtime() is None else torch.get_num_threads()
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def _first() -> int:
+    return 0
 
 
-def thread_number() -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    """A C function ``int()``: the number of the thread that calls it, from 0."""
-    runtime = _runtime()
-    return _first_thread if runtime is None else runtime.omp_get_thread_num
-
-
-def on_all(function: int, data: int, threads: int) -> None:
-    """Run the C function ``void(void *)`` at address ``function`` with ``data`` on so many threads."""
-    if threads == 1:
-        _of_address(function)(data)
-    else:
-        _runtime().GOMP_parallel(function, data, threads, 0)  # type: ignore[union-attr]
-
-
-_first_thread = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
-
-
-@lru_cache
-def _of_address(function: int) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
-    return ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(function)
+@ctypes.CFUNCTYPE(*_ON_ALL)
+def _alone(body: int, data: int, threads: int, flags: int) -> None:
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import llvmlite.binding
@@ -99,14 +99,15 @@ def lay_u(form: Form, u: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def shrink_tile(form: Form, tokens: int) -> Any:
-    """numba intrinsic ``(x_rows, v, v_block, turns, h, h_stride)``: ``h[t, j] = V[j] · x[t]`` in fp32.
+    """numba intrinsic ``(x_rows, v, v_block, turns, h, h_stride, ahead)``: ``h[t, j] = V[j] · x[t]`` in fp32.
 
     All int64. x_rows: address of the addresses of ``tokens`` rows, padded to ``turns`` steps (bf16 for pairs, else
     fp32); v: address of `form.rows(tokens)` rows in the layout of `lay_v`; v_block: bytes from block to block.
+    ahead: bytes from here to what is read next, of which as much is fetched meanwhile.
     """
     rows, lanes = form.rows(tokens), form.lanes
 
-    def body(code: _Code, x_rows: Any, v: Any, v_block: Any, turns: Any, h: Any, h_stride: Any) -> None:
+    def body(code: _Code, x_rows: Any, v: Any, v_block: Any, turns: Any, h: Any, h_stride: Any, ahead: Any) -> None:
         x_at = [code.load_i64(x_rows, 8 * t) for t in range(tokens)]
         blocks = [code.add(v, code.times(v_block, block)) for block in range(-(-rows // BLOCK))]
         with code.loop(turns, [code.zeros(lanes)] * (tokens * rows)) as (turn, sums):
@@ -116,6 +117,9 @@ def shrink_tile(form: Form, tokens: int) -> Any:
                 code.load(code.plus(here[j // BLOCK], j % BLOCK * form.vector_bytes), lanes, form, "basis")
                 for j in range(rows)
             ]
+            for a in here:
+                for line in range(0, min(rows, BLOCK) * form.vector_bytes, 64):
+                    code.prefetch(code.plus(code.add(a, ahead), line))
             sums[:] = [code.product(form, sums[t * rows + j], xs[t], vs[j]) for t in range(tokens) for j in range(rows)]
         total = code.sums_of(sums)
         for t in range(tokens):
@@ -123,23 +127,25 @@ def shrink_tile(form: Form, tokens: int) -> Any:
             code.store(part, code.add(h, code.times(h_stride, t)))
 
     @intrinsic
-    def tile(context, x_rows, v, v_block, turns, h, h_stride):  # type: ignore[no-untyped-def]
-        return types.void(*[types.int64] * 6), _generating(body)
+    def tile(context, x_rows, v, v_block, turns, h, h_stride, ahead):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 7), _generating(body)
 
     return tile
 
 
 def expand_tile(form: Form, tokens: int, vectors: int) -> Any:
-    """numba intrinsic ``(y_rows, offset, u, u_block, g, g_stride, turns)``: ``y[t, o] += Σ_r U[o, r] · g[t, r]``.
+    """numba intrinsic ``(y_rows, offset, u, u_block, g, g_stride, turns, ahead)``: ``y[t] += U g[t]``.
 
     All int64. y_rows: address of the addresses of ``tokens`` rows; offset: bytes to the first output in a row; u:
     address of ``vectors`` blocks in the layout of `lay_u`, ``u_block`` bytes apart, of ``turns`` vectors each; g: fp32
-    [tokens, R], or pairs of bf16, its rows ``g_stride`` bytes apart. y is rounded once.
+    [tokens, R], or pairs of bf16, its rows ``g_stride`` bytes apart; ahead: as for shrink. y is rounded once.
     """
     lanes = form.lanes
     width = 2 if form.stored == torch.bfloat16 else 4
 
-    def body(code: _Code, y_rows: Any, offset: Any, u: Any, u_block: Any, g: Any, g_stride: Any, turns: Any) -> None:
+    def body(
+        code: _Code, y_rows: Any, offset: Any, u: Any, u_block: Any, g: Any, g_stride: Any, turns: Any, ahead: Any
+    ) -> None:
         y_at = [code.add(code.load_i64(y_rows, 8 * t), offset) for t in range(tokens)]
         g_at = [code.add(g, code.times(g_stride, t)) for t in range(tokens)]
         blocks = [code.add(u, code.times(u_block, k)) for k in range(vectors)]
@@ -147,6 +153,8 @@ def expand_tile(form: Form, tokens: int, vectors: int) -> Any:
         with code.loop(turns, before) as (turn, sums):
             us = [code.load(code.add(a, code.times(turn, form.vector_bytes)), lanes, form, "basis") for a in blocks]
             gs = [code.broadcast(code.add(a, code.times(turn, 4)), form) for a in g_at]
+            for a in blocks:
+                code.prefetch(code.add(code.add(a, ahead), code.times(turn, form.vector_bytes)))
             sums[:] = [
                 code.product(form, sums[t * vectors + k], gs[t], us[k]) for t in range(tokens) for k in range(vectors)
             ]
@@ -155,8 +163,38 @@ def expand_tile(form: Form, tokens: int, vectors: int) -> Any:
                 code.store_output(sums[t * vectors + k], code.plus(address, k * lanes * width), form)
 
     @intrinsic
-    def tile(context, y_rows, offset, u, u_block, g, g_stride, turns):  # type: ignore[no-untyped-def]
-        return types.void(*[types.int64] * 7), _generating(body)
+    def tile(context, y_rows, offset, u, u_block, g, g_stride, turns, ahead):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 8), _generating(body)
+
+    return tile
+
+
+def sigma_tile(form: Form, lanes: int, diagonal: bool) -> Any:
+    """numba intrinsic ``(sigma, turns, h, g)``: ``g[r] = Σ[r] · h`` for so many rows r as there are lanes.
+
+    All int64 addresses of fp32 but g, which is bf16 for pairs; Σ has rows of ``turns`` · lanes numbers. A diagonal Σ is
+    a vector of lanes, as is h.
+    """
+    kept = replace(form, lanes=lanes, pairs=False, stored=torch.float32)
+
+    def body(code: _Code, sigma: Any, turns: Any, h: Any, g: Any) -> None:
+        if diagonal:
+            total = code.times_each(code.load(sigma, lanes, kept, "x"), code.load(h, lanes, kept, "x"))
+        else:
+            rows = [code.add(sigma, code.times(turns, 4 * lanes * j)) for j in range(lanes)]
+            with code.loop(turns, [code.zeros(lanes)] * lanes) as (turn, sums):
+                ahead = code.times(turn, 4 * lanes)
+                part = code.load(code.add(h, ahead), lanes, kept, "x")
+                sums[:] = [
+                    code.product(kept, total, code.load(code.add(row, ahead), lanes, kept, "x"), part)
+                    for total, row in zip(sums, rows, strict=True)
+                ]
+            total = code.sums_of(sums)
+        code.store_output(total, g, replace(kept, stored=torch.bfloat16 if form.pairs else torch.float32))
+
+    @intrinsic
+    def tile(context, sigma, turns, h, g):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 4), _generating(body)
 
     return tile
 
@@ -196,6 +234,12 @@ class _Code:
     def store(self, value: Any, address: Any, align: int = 1) -> None:
         self._b.store(value, self._b.inttoptr(address, value.type.as_pointer()), align=align)
 
+    def prefetch(self, address: Any) -> None:
+        """Ask for a line of data, to be read soon, in the cache behind the first."""
+        pointer = self._b.inttoptr(address, ir.IntType(8).as_pointer())
+        read, near, data = (ir.Constant(_I32, number) for number in (0, 1, 1))
+        self._call("llvm.prefetch.p0", ir.VoidType(), [pointer, read, near, data])
+
     # --- vectors --------------------------------------------------------------------------------------------------
 
     def zeros(self, lanes: int) -> Any:
@@ -226,6 +270,9 @@ class _Code:
             name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * form.lanes}"
             return self._call(name, total.type, [total, a, b])
         return self._call(f"llvm.fma.v{form.lanes}f32", total.type, [a, b, total])
+
+    def times_each(self, a: Any, b: Any) -> Any:
+        return self._b.fmul(a, b)
 
     def sums_of(self, vectors: list[Any]) -> Any:
         """The sum over the lanes of each of L vectors of L lanes, as one vector."""

@@ -183,7 +183,7 @@ def test_torchs_own_threads_are_used():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"rank": 7}, "even ranks"), ({"sigma": torch.zeros(2, 1, 8, 8).double()}, "fp32")]
+    ("change", "words"), [({"rank": 12}, "multiples of 8"), ({"sigma": torch.zeros(2, 1, 8, 8).double()}, "fp32")]
 )
 def test_what_the_kernel_cannot_read_is_refused(change, words):
     arguments = {"widths": [8], "d_in": 8, "rank": 8, "clusters": 1, "form": FP32, "sigma": torch.zeros(2, 1, 8, 8)}
