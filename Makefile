@@ -38,10 +38,10 @@ lint: setup  ## ruff and mypy
 	$(BIN)/mypy
 	$(BIN)/mypy kernels
 
-bench: setup  ## throughput of vllm serve with compressed and with plain adapters, side by side
-	$(BIN)/python loadtests/bench.py
+bench: setup  ## throughput: base, stock multi-LoRA, uncompressed and compressed here, side by side (BENCH=flags)
+	$(BIN)/python loadtests/bench.py $(BENCH)
 
-profile: setup  ## where the microseconds of a decode and a prefill step go, base beside compressed
+profile: setup  ## where the microseconds of a decode and a prefill step go, base beside compressed (PROFILE=flags)
 	$(BIN)/python loadtests/profile_step.py $(PROFILE)
 
 bench-compress: setup  ## compression of 1,000 synthetic adapters of a 7B model: time by phase, memory, growth
