@@ -96,7 +96,7 @@ def make_problem(
         batch_invariant: as :class:`GroupedLoRA` takes it.
         diagonal: Σ of JD-Diag.
         sigma_dtype: of Σ; None: ``dtype``.
-        eight_bit: int8 or fp8 e4m3 for the K clusters; one of 16 bits follows, as of a plain adapter.
+        eight_bit: int8 or fp8 e4m3 for the K clusters; two of 16 bits follow, as of plain adapters.
         dense: as :class:`GroupedLoRA` takes it.
     """
     g = torch.Generator(device).manual_seed(rank * 1000 + tokens)
@@ -104,7 +104,7 @@ def make_problem(
     def rand(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> torch.Tensor:
         return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
 
-    wide = clusters if eight_bit is None else 1
+    wide = clusters if eight_bit is None else 2
     v = [rand(wide, 1, rank, d_in, scale=d_in**-0.5) for _ in widths]
     u = [rand(wide, 1, width, rank, scale=rank**-0.5) for width in widths]
     all_v, all_u = [s[:, 0].cpu() for s in v], [s[:, 0].cpu() for s in u]

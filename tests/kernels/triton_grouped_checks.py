@@ -275,15 +275,15 @@ def test_columns_may_start_inside_y_and_be_written_over():
         (8, {"dtype": torch.bfloat16, "dense": False}),
         (24, {"diagonal": True}),
         (16, {"batch_invariant": True, "dtype": torch.bfloat16}),
-        (128, {"diagonal": True, "widths": (32,), "tokens": 2}),
+        (128, {"diagonal": True, "widths": (32,), "tokens": 4}),
     ],
     ids=str,
 )
 def test_bases_of_8_bits_equal_the_reference_on_what_a_collection_gives_back(eight_bit, rank, options):
-    """Their scales are as far apart as 1 and 8; the last cluster is of 16 bits, a plain adapter's."""
-    case = problem(rank=rank, eight_bit=eight_bit, clusters=CLUSTERS - 1, kind="distinct", **options)
+    """Their scales are as far apart as 1 and 8; the last two clusters are of 16 bits, plain adapters'."""
+    case = problem(rank=rank, eight_bit=eight_bit, clusters=2, kind="distinct", **options)
     assert {tensor.element_size() for tensor in case.module.eight_bit.v + case.module.eight_bit.u} == {1}
-    assert set(case.cluster) > {0, 1} and case.module.clusters == CLUSTERS
+    assert set(case.cluster) >= {0, 1, 2, 3} and case.module.clusters == 4
     assert_equals_reference(case, run(case))
 
 
@@ -308,7 +308,7 @@ def test_every_number_of_8_bits_is_widened_exactly(eight_bit, dtype):
 
 def test_8_bits_after_a_gather_equal_the_reference():
     """``--fully-sharded-loras``: the scales of V belong to the shrink, those of U to the expand."""
-    case = problem(eight_bit=torch.int8, clusters=CLUSTERS - 1, tokens=9)
+    case = problem(eight_bit=torch.int8, clusters=2, tokens=9)
     h = torch.full((2, len(case.x), 16), torch.nan, device=DEVICE)
     case.kernels.shrink_(h, case.x, case.module)
     y = case.y.clone()
