@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.jd.dense import ListSource, dense, family_factors, hooi, random_factors, unit
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd import alternation, passes
+from vllm_jdlora.jd import alternation, clustering, passes
 from vllm_jdlora.jd.alternation import Clustering, alternate, reassign, refit
 from vllm_jdlora.jd.clustering import CollectionFit, fit_collection
 from vllm_jdlora.jd.passes import MemoryStore
@@ -105,6 +105,23 @@ def test_planted_families_of_unequal_size_are_found() -> None:
     cluster = compressed(families(), rank=4, clusters=3).cluster
     assert [len({int(cluster[i]) for i in range(10) if LABELS[i] == label}) for label in range(3)] == [1, 1, 1]
     assert len(set(cluster.tolist())) == 3
+
+
+def test_many_adapters_are_grouped_at_a_rank_that_tells_families_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "_MANY", 8)
+    monkeypatch.setattr(clustering, "_RANK_OF_MANY", 3)
+    labels = [0] * 5 + [1] * 3 + [2] * 4
+    source = ListSource([family_factors(labels, 24, 3, 0.02, seed=m) for m in range(3)])
+    searched = []
+
+    def recorded(probes: Any, n: int, rank: int, *rest: Any, **options: Any) -> Tensor:
+        searched.append(rank)
+        return torch.tensor(labels)
+
+    monkeypatch.setattr(clustering, "best_assignment", recorded)
+    fit = fit_collection(source, SliceRecipe(9), clusters=3)  # bases of rank 9 would hold all three families
+    assert searched == [3] and fit.slice(0).u.shape[2] == 9
+    assert all(len(fit.cluster[torch.tensor(labels) == label].unique()) == 1 for label in range(3))
 
 
 def test_families_are_found_even_when_norms_differ_a_thousandfold() -> None:

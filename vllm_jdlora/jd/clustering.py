@@ -23,6 +23,9 @@ from vllm_jdlora.jd.slice_fit import SliceFit, SliceRecipe
 # values.
 _PROBES = 8
 _PROBE_VALUES = 2**28
+# More adapters than this are grouped at this rank at most: a search costs in proportion to it, and bases that hold
+# several families at once tell less about who belongs where.
+_MANY, _RANK_OF_MANY = 128, 16
 # Sweeps that tell a good start from a bad one, and rounds on the probes before all slices are read again.
 _PROBE_SWEEPS = 2
 _PROBE_ROUNDS = 5
@@ -120,6 +123,7 @@ def assignment(slices: Slices, rank: int, clusters: int, seed: int, report: Prog
     """Labels [n] int64 in 0..clusters−1, from a few of the slices held in memory. effort: of `best_assignment`."""
     if clusters == 1:
         return torch.zeros(slices.n, dtype=torch.int64)
+    rank = min(rank, _RANK_OF_MANY) if slices.n > _MANY else rank
     probes = probe_slices(slices, seed)
     labels = best_assignment(probes, slices.n, rank, clusters, seed, report, effort=effort)
     state = alternate(
