@@ -129,7 +129,7 @@ def compared(
         norm[problem.members.cpu(), index] = problem.squared_norms.cpu()
         for each in running:
             each.measure(problem, index)
-        if index + 1 >= first:
+        if running and index + 1 >= first:
             errors = [float(each.relative(index + 1).mean()) for each in running]
             least = min(errors)
             running = [each for each, error in zip(running, errors, strict=True) if error <= _HOPELESS * least]

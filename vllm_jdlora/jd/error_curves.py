@@ -89,8 +89,9 @@ def error_curves(
     effort: float = 0.0,
     progress: Progress | None = None,
 ) -> ErrorCurves:
-    """Group n adapters by the probes, and fit every cluster in the measured slices once, at the largest rank.
+    """Group n adapters by the probes, and fit their clusters in the measured slices, once, at the largest rank.
 
+    Of many adapters each cluster is fitted in some of these slices (`clusters_by_slice`), and the rest is `filled`.
     Smaller ranks start from the leading columns of that fit, whose gauge nests them; those of JD-Diag are fitted apart.
     measured: read one at a time (default: the probes, on which the groups look better than elsewhere). clusters:
     ascending, at most n each (default: `cluster_grid`). ranks: ascending. effort: of `best_assignment`.
