@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.evaluation.records import record
@@ -52,6 +54,16 @@ def test_error_and_performance_over_bytes_are_one_curve_a_family(records, tmp_pa
     first = file.read_bytes()
     assert plots.plot_over_bytes(summarise(records), file).read_bytes() == first
     assert [path.name for path in file.parent.iterdir()] == ["bytes.svg"]
+
+
+def test_without_answers_the_loss_takes_their_place(records, tmp_path, drawn):
+    without = [replace(r, loss=r.loss + r.relative_error, answers=[], rouge_l=None) for r in records]
+    without = [replace(r, losses=[loss + r.relative_error for loss in r.losses]) for r in without]
+    plots.plot_over_bytes(summarise(without), tmp_path / "bytes.svg")
+    right = drawn[1]
+    heights = [list(line.get_ydata()) for line in right.lines]
+    assert heights == [pytest.approx([0.4, 0.2]), pytest.approx([0.6]), [0, 0]]
+    assert "loss" in right.get_ylabel() and right.get_ylim()[0] < 0 and right.get_ylim()[1] > 0.6
 
 
 def test_performance_over_error_has_a_point_for_each_adapter(records, tmp_path, drawn):

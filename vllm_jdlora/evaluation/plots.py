@@ -32,6 +32,8 @@ _STYLE: Any = {
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
 _FLOOR = 85
+# Rises of the loss (nats a token) up to this are drawn on a linear scale.
+_SMALL = 0.01
 # Errors that differ by more than this factor are drawn on a logarithmic scale; more curves have a legend outside.
 _WIDE, _MANY = 10, 8
 # Curves of so many points have no markers.
@@ -47,31 +49,37 @@ def plot_over_bytes(rows: Sequence[Row], file: Path) -> Path:
     """Error (left) and ROUGE-L relative to the uncompressed adapters (right) over the share of bytes an adapter takes.
 
     The error is the output error where all rows have one. Rows without answers are left out on the right; where none
-    has any, it shows token accuracy. What lies below 85 % is marked on the lower edge, so that the differences that
-    matter stay visible.
+    has any, it shows by how much the loss of a token rises. Intervals are shaded: of ours alone where there are many
+    curves.
     """
     shown = [row for row in rows if row.variant not in (BASE, UNCOMPRESSED)]
     with_answers = any(row.rouge_l is not None for row in shown)
     with_output = all(row.output_error is not None for row in shown)
     families = _families(shown)
-    with _figure(file, 2, beside=len(families) > _MANY) as (left, right):
+    many = len(families) > _MANY
+    with _figure(file, 2, beside=many) as (left, right):
         for i, ((name, members), look) in enumerate(zip(families.items(), _looks(), strict=False)):
             share = [row.share_of_bytes for row in members]
             errors = [row.output_error if with_output else row.relative_error for row in members]
             left.plot(share, errors, **look, label=name)
-            found = [_performance(row, with_answers) for row in members]
-            right.plot(share, [100 * e.mean for e in found], **look)
-            far = [x for x, e in zip(share, found, strict=True) if 100 * e.mean < _FLOOR]
+            found = [_relative_rouge(row) if with_answers else row.loss_change for row in members]
+            scale = 100 if with_answers else 1
+            right.plot(share, [scale * e.mean for e in found], **look)
+            far = [x for x, e in zip(share, found, strict=True) if with_answers and 100 * e.mean < _FLOOR]
             if far:
                 # Smaller on top of larger, so that none hides another.
                 right.plot(far, [_FLOOR] * len(far), color=look["color"], marker="v", ls="", ms=max(4, 14 - 2 * i))
-            low, high = [100 * e.low for e in found], [100 * e.high for e in found]
-            right.fill_between(share, low, high, color=look["color"], alpha=0.12, lw=0)
+            if not many or name.startswith("ours"):
+                low, high = [scale * e.low for e in found], [scale * e.high for e in found]
+                right.fill_between(share, low, high, color=look["color"], alpha=0.12, lw=0)
         left.set(ylabel=("output error" if with_output else "relative error") + ", mean (not squared)")
         _error_scale(left.yaxis, [row.output_error if with_output else row.relative_error for row in shown])
-        right.axhline(100, color="#444444", lw=1, ls="--")
-        right.set(ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of uncompressed")
-        right.set_ylim(bottom=max(_FLOOR, right.get_ylim()[0]))
+        if with_answers:
+            _percent_scale(right)
+        else:
+            right.set(ylabel="loss of a token above the uncompressed, nats")
+            right.axhline(0, color="#444444", lw=1, ls="--")
+            _loss_scale(right, [row.loss_change.mean for row in shown])
         ticks = _share_ticks([row.share_of_bytes for row in shown])
         for axis in (left, right):
             axis.set_xscale("log", base=2)
@@ -122,14 +130,17 @@ def plot_performance_over_error(records: Sequence[Record], file: Path) -> Path:
 def plot_convergence(objectives: Mapping[str, Sequence[float]], file: Path) -> Path:
     """The objective (share of the energy lost) at the start and after each round, a curve for each name.
 
-    Both scales are logarithmic, that of the rounds linear up to 1.
+    The scale of the rounds is logarithmic, linear up to 1; that of the objective where values differ widely.
     """
     with _figure(file, 1) as (axis,):
         for (name, values), look in zip(objectives.items(), _looks(), strict=False):
             marked = {"markersize": 3} if len(values) < _DENSE else {"marker": ""}
             axis.plot(range(len(values)), values, **{**look, **marked}, label=name)
-        axis.set(xlabel="round (0: the start)", ylabel="energy lost (squared relative error)", yscale="log")
-        _plain_ticks(axis.yaxis)
+        axis.set(xlabel="round (0: the start)", ylabel="energy lost (squared relative error)")
+        every = [value for values in objectives.values() for value in values]
+        if 0 < _WIDE * min(every) < max(every):
+            axis.set_yscale("log")
+            _plain_ticks(axis.yaxis)
         axis.set_xscale("symlog", linthresh=1)
         ticks = [0, *(2**n for n in range(10) if 2**n <= max(map(len, objectives.values())))]
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -241,6 +252,23 @@ def _error_scale(axis: Any, errors: Sequence[float | None]) -> None:
         axis.axes.set(**{f"{axis.axis_name}lim": (0, None)})
 
 
+def _percent_scale(axis: Any) -> None:
+    axis.axhline(100, color="#444444", lw=1, ls="--")
+    axis.set(ylabel="ROUGE-L, % of uncompressed")
+    axis.set_ylim(bottom=max(_FLOOR, axis.get_ylim()[0]))
+
+
+def _loss_scale(axis: Any, changes: Sequence[float]) -> None:
+    """Linear up to `_SMALL`, logarithmic above: small changes are told apart, and zero shows."""
+    axis.set_yscale("symlog", linthresh=_SMALL, linscale=1.5)
+    most = max([_SMALL, *changes])
+    steps = [n * _SMALL / 4 for n in range(5)] + [m * _SMALL for m in (2, 5, 10, 20, 50, 100, 200, 500)]
+    ticks = [step for step in steps if step <= 1.3 * most]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.yaxis.minorticks_off()
+    axis.set_ylim(min([-_SMALL / 4, *changes]), 1.3 * most)
+
+
 def _plain_ticks(axis: Any) -> None:
     """0.02, 0.05, 0.1 instead of powers of ten, on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -259,10 +287,9 @@ def _looks() -> Iterable[dict[str, Any]]:
         index += 1
 
 
-def _performance(row: Row, with_answers: bool) -> Estimate:
-    """Not a number, so not drawn, where the uncompressed adapters score nothing."""
-    found = row.relative_rouge_l if with_answers else row.relative_token_accuracy
-    return found or Estimate(math.nan, math.nan, math.nan, math.nan, "")
+def _relative_rouge(row: Row) -> Estimate:
+    """Not a number, so not drawn, where there are no answers or the uncompressed adapters score nothing."""
+    return row.relative_rouge_l or Estimate(math.nan, math.nan, math.nan, math.nan, "")
 
 
 def _share_ticks(shares: Sequence[float]) -> list[float]:
