@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping gpu-check clean
+.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-cpu-grouped gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,9 @@ profile: setup  ## where the microseconds of a decode and a prefill step go, bas
 
 bench-compress: setup  ## compression of 1,000 synthetic adapters of a 7B model: time by phase, memory, growth
 	$(BIN)/python loadtests/bench_compress.py
+
+bench-cpu-grouped: setup  ## the CPU kernel beside other forms of the same linear, module by module
+	$(BIN)/python loadtests/bench_cpu_grouped.py
 
 bench-mapping: setup  ## what a step's LoRA metadata costs in a worker, ours beside stock vLLM's
 	$(BIN)/python loadtests/bench_mapping.py
