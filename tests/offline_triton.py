@@ -1,7 +1,8 @@
 """Triton kernels without a GPU: run a file of checks in the interpreter, or compile the kernels for real GPUs.
 
     python tests/offline_triton.py check FILE [--native]   pytest on FILE, interpreted unless --native (a GPU)
-    python tests/offline_triton.py compile [--record]      one JSON line for each launch and GPU; into the table
+    python tests/offline_triton.py compile [--base-bits 8 | 16] [--record]
+                                                           one JSON line for each launch and GPU; all into the table
 
 Each runs in a process of its own, because Triton decides at decoration whether a kernel is interpreted: an interpreted
 one cannot be compiled, and TRITON_INTERPRET set after the import comes too late.
@@ -163,9 +164,10 @@ def _sigma(rank: int, scaling: int, stored: int = 0) -> Launch:
     return name, triton_sigma.sigma_kernel, types, triton_sigma.constants_of(rank, SLICES, scaling), options
 
 
-def compile_all() -> Iterator[Compiled]:
-    """Every launch on every architecture."""
-    for name, kernel, types, constants, options in itertools.chain(launches(), eight_bit_launches()):
+def compile_all(base_bits: int | None = None) -> Iterator[Compiled]:
+    """Every launch, or those with bases of so many bits, on every architecture."""
+    chosen = {16: (launches,), 8: (eight_bit_launches,), None: (launches, eight_bit_launches)}[base_bits]
+    for name, kernel, types, constants, options in itertools.chain(*(of_bits() for of_bits in chosen)):
         for architecture in ARCHITECTURES:
             yield compile_for(name, kernel, types, constants, architecture, **options)
 
@@ -223,8 +225,12 @@ def main() -> int:
     check = commands.add_parser("check")
     check.add_argument("file")
     check.add_argument("--native", action="store_true")
-    commands.add_parser("compile").add_argument("--record", action="store_true")
+    compile_command = commands.add_parser("compile")
+    compile_command.add_argument("--base-bits", type=int, choices=(8, 16))
+    compile_command.add_argument("--record", action="store_true")
     args = parser.parse_args()
+    if args.command == "compile" and args.record and args.base_bits:
+        parser.error("--record writes the whole table: leave --base-bits out")
     if args.command == "check":
         import pytest
 
@@ -237,7 +243,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         rows = []
-        for compiled in compile_all():
+        for compiled in compile_all(args.base_bits):
             rows.append(compiled)
             print(json.dumps(dataclasses.asdict(compiled), ensure_ascii=False), flush=True)
         if args.record:
