@@ -41,8 +41,9 @@ def _runtime() -> ctypes.CDLL | None:
     """The OpenMP runtime in this process, of which torch's threads are; None where there is none that we know."""
     candidates: list[str | None] = [None]  # what is preloaded comes first, for torch as well
     if _MAPS.exists():
-        found = dict.fromkeys(_RUNTIME.findall(_MAPS.read_text()))
-        candidates += sorted(found, key=lambda path: "/torch/" not in path)  # others may have brought their own
+        found = set(_RUNTIME.findall(_MAPS.read_text()))
+        # Torch's own first: other packages may have brought theirs.
+        candidates += sorted(found, key=lambda path: ("/torch/" not in str(path), path))
     for name in candidates:
         library = ctypes.CDLL(name)
         if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_thread_num"):
