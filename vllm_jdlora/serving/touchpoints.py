@@ -320,7 +320,8 @@ REGISTER: tuple[Touchpoint, ...] = (
         "vllm.lora.layers.base_linear",
         "BaseLinearLayerWithLoRA.set_lora",
         "wrap",
-        "on CPU each slot that vLLM writes is laid down again as the kernel reads it",
+        "on CPU each slot that vLLM writes is laid down again as the kernel reads it; on CUDA it is called to cut a "
+        "worker's share of bases of 8 bits into buffers that stand in for lora_a_stacked and lora_b_stacked",
         ("self", "index", "lora_a", "lora_b"),
         uses=("reset_lora", "lora_a_stacked", "lora_b_stacked"),
     ),
@@ -380,14 +381,6 @@ REGISTER: tuple[Touchpoint, ...] = (
         "override",
         "every linear LoRA layer adds its adapter's part through it",
         ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices"),
-    ),
-    Touchpoint(
-        "vllm.lora.layers.base_linear",
-        "BaseLinearLayerWithLoRA.set_lora",
-        "call",
-        "cuts a worker's share of bases of 8 bits into buffers that stand in for lora_a_stacked and lora_b_stacked",
-        ("self", "index", "lora_a", "lora_b"),
-        "cuda",
     ),
     Touchpoint(
         "vllm.lora.punica_wrapper.punica_base",
