@@ -37,7 +37,7 @@ from vllm_jdlora.kernels.cpu_grouped import TokenGroups
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.serving.adapter_directory import AdapterDirectory
 from vllm_jdlora.serving.manager import JDLoRAModelManager
-from vllm_jdlora.serving.options import adapter_path
+from vllm_jdlora.serving.options import AdapterPath
 from vllm_jdlora.serving.scaling_slots import ScalingSlots
 from vllm_jdlora.serving.step_planner import StepPlanner
 from vllm_jdlora.serving.step_requests import take_over
@@ -141,7 +141,7 @@ def main() -> None:
     tiles = TokenTiles(MOST_TOKENS, CLUSTERS, "cpu")
     rows = []
     for known in KNOWN:
-        requests = [LoRARequest(f"a{i}", i + 1, adapter_path("r", f"a{i}")) for i in range(known)]
+        requests = [LoRARequest(f"a{i}", i + 1, str(AdapterPath("r", 0, f"a{i}"))) for i in range(known)]
         for step in track(STEPS, description=f"{known:,} known adapters"):
             served = requests[: min(MOST_SEQUENCES, step.sequences)]
             for side, runner, repeats in (

@@ -10,7 +10,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import startup_build
 from vllm_jdlora.serving.engine_settings import SCHEDULER, WORKER, apply_to_engine_args
 from vllm_jdlora.serving.flags import apply_flags
-from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, adapter_path, buffer_rank, parse_adapter_path
+from vllm_jdlora.serving.options import CONFIG_KEY, AdapterPath, ServingOptions, buffer_rank
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_collection_becomes_lora_modules_and_engine_settings(parser, files):
     args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}")
     revision = Collection.open(files["collection"]).manifest.revision
     assert [(m.name, m.path) for m in args.lora_modules] == [
-        (f"a{i}", adapter_path(revision, f"a{i}")) for i in range(3)
+        (f"a{i}", str(AdapterPath(revision, 0, f"a{i}"))) for i in range(3)
     ]
     engine = engine_args(args)
     assert engine.enable_lora and engine.worker_cls == WORKER and engine.scheduler_cls == SCHEDULER
@@ -158,8 +158,11 @@ def test_offline_options_are_checked(values, told):
 
 
 def test_adapter_paths_go_there_and_back():
-    assert parse_adapter_path(adapter_path("abc", "my#adapter")) == ("abc", "my#adapter")
-    assert parse_adapter_path("/some/folder") is None
+    for path in (AdapterPath("abc", 3, "my#adapter"), AdapterPath("abc", 0, "a:1+2", "ff00")):
+        assert AdapterPath.parse(str(path)) == path
+    assert AdapterPath.parse("/some/folder") is None
+    with pytest.raises(JDLoRAError, match="not the path"):
+        AdapterPath.parse("jd://abc#a")
 
 
 def test_buffers_are_as_wide_as_vllm_has_them():

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_jdlora.serving.options import adapter_path
+from vllm_jdlora.serving.options import AdapterPath
 from vllm_jdlora.serving.scheduler import _SlotLimits
 
 SCALING_SLOTS, PLAIN_SLOTS = 3, 1
@@ -15,7 +15,7 @@ SCALING_SLOTS, PLAIN_SLOTS = 3, 1
 class Request:
     def __init__(self, lora_id: int | None, compressed: bool = True):
         self.looks = 0
-        path = adapter_path("r", f"a{lora_id}") if compressed else "folder"
+        path = str(AdapterPath("r", 0, f"a{lora_id}")) if compressed else "folder"
         self._lora = None if lora_id is None else SimpleNamespace(lora_int_id=lora_id, lora_path=path)
 
     @property

@@ -24,7 +24,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.serving.adapter_directory import AdapterDirectory
 from vllm_jdlora.serving.manager import FIRST_BASE_ID, JDLoRAModelManager
-from vllm_jdlora.serving.options import adapter_path
+from vllm_jdlora.serving.options import AdapterPath
 from vllm_jdlora.serving.scaling_slots import ScalingSlots
 from vllm_jdlora.serving.step_planner import StepPlanner
 from vllm_jdlora.serving.step_requests import StepRequests, take_over
@@ -46,7 +46,7 @@ class Recorder:
 
 
 def compressed(adapter: int, lora_id: int | None = None, revision: str = "r") -> LoRARequest:
-    return LoRARequest(f"a{adapter}", lora_id or adapter + 1, adapter_path(revision, f"a{adapter}"))
+    return LoRARequest(f"a{adapter}", lora_id or adapter + 1, str(AdapterPath(revision, 0, f"a{adapter}")))
 
 
 def make_manager(adapters: int, clusters: int, scaling_slots: int, punica=None) -> JDLoRAModelManager:

@@ -6,6 +6,7 @@ settings; both become one :class:`ServingOptions`, checked once, here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -39,6 +40,10 @@ class ServingOptions:
         plain_slots: slots for uncompressed adapters in one batch; ``None`` until resolved from ``--max-loras``.
         max_error: an adapter whose relative error is above it must not be served compressed.
         base_bits: of a number of the bases on the device: 16 (32 on CPU), or 8 as a quantised collection stores them.
+        base_slots: clusters whose bases are resident on the device, which bounds the clusters of one batch; ``None``
+            until resolved, then all.
+        arrivals: absolute folder of adapters that came while the server ran, see :mod:`.arrivals`; empty until
+            resolved.
     """
 
     collection: str
@@ -47,11 +52,13 @@ class ServingOptions:
     plain_slots: int | None = None
     max_error: float | None = None
     base_bits: int = 16
+    base_slots: int | None = None
+    arrivals: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.collection, str) or not self.collection:
             raise JDLoRAError(f"additional_config.{CONFIG_KEY}.collection must be the path of a collection folder")
-        for name in ("scaling_slots", "plain_slots"):
+        for name in ("scaling_slots", "plain_slots", "base_slots"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise JDLoRAError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -83,28 +90,54 @@ class ServingOptions:
         return {**(additional_config or {}), CONFIG_KEY: asdict(self)}
 
 
-def adapter_path(revision: str, name: str) -> str:
-    """The ``lora_path`` of a compressed adapter.
+@dataclass(frozen=True)
+class AdapterPath:
+    """The ``lora_path`` of a compressed adapter: ``jd://REVISION:CLUSTER#NAME`` or ``jd://REVISION+DIGEST:CLUSTER#NAME``.
 
-    vLLM keys its prefix cache by name and path, so the path names the collection's content: blocks computed with
-    one revision are never reused for another.
+    vLLM keys its prefix cache by name and path, so the path names the adapter's content: blocks computed with one
+    revision, or with one arrival, are never reused for another. It also says all that a scheduler must know.
+
+    Attributes:
+        revision: of the collection whose bases serve the adapter.
+        cluster: whose bases those are.
+        name: of the adapter.
+        arrival: digest of the file with its Σ in the arrivals folder; empty for an adapter of the collection itself.
     """
-    return f"{PATH_SCHEME}{revision}#{name}"
+
+    revision: str
+    cluster: int
+    name: str
+    arrival: str = ""
+
+    def __str__(self) -> str:
+        arrival = f"+{self.arrival}" if self.arrival else ""
+        return f"{PATH_SCHEME}{self.revision}{arrival}:{self.cluster}#{self.name}"
+
+    @classmethod
+    def parse(cls, path: str) -> AdapterPath | None:
+        """``None`` for the path of a plain adapter.
+
+        Raises:
+            JDLoRAError: the path has the scheme and not the form.
+        """
+        if not path.startswith(PATH_SCHEME):
+            return None
+        found = _ADAPTER_PATH.fullmatch(path, len(PATH_SCHEME))
+        if found is None:
+            raise JDLoRAError(f"{path!r} is not the path of a compressed adapter: it is made by this package only")
+        return cls(found["revision"], int(found["cluster"]), found["name"], found["arrival"] or "")
+
+
+_ADAPTER_PATH = re.compile(
+    r"(?P<revision>[0-9a-z]+)(?:\+(?P<arrival>[0-9a-f]+))?:(?P<cluster>[0-9]+)#(?P<name>.*)", re.DOTALL
+)
 
 
 def adapter_paths(collection: Collection) -> list[tuple[str, str]]:
     """(name, ``lora_path``) of every adapter of a collection, the compressed ones first."""
     manifest = collection.manifest
-    compressed = [(a.name, adapter_path(manifest.revision, a.name)) for a in manifest.adapters]
+    compressed = [(a.name, str(AdapterPath(manifest.revision, a.cluster, a.name))) for a in manifest.adapters]
     return compressed + [(p.name, str(collection.plain_path(p.name))) for p in manifest.plain]
-
-
-def parse_adapter_path(path: str) -> tuple[str, str] | None:
-    """(revision, adapter name) of a compressed adapter's path; ``None`` for the path of a plain adapter."""
-    if not path.startswith(PATH_SCHEME):
-        return None
-    revision, _, name = path[len(PATH_SCHEME) :].partition("#")
-    return revision, name
 
 
 def buffer_rank(rank: int) -> int:

@@ -10,7 +10,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.manager import JDLoRAModelManager
-from vllm_jdlora.serving.options import parse_adapter_path
+from vllm_jdlora.serving.options import AdapterPath
 from vllm_jdlora.serving.step_requests import StepRequests
 
 
@@ -39,9 +39,9 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         if manager.is_bound(lora_request):
             manager.activate_adapter(lora_id)
             return False
-        compressed = parse_adapter_path(lora_request.lora_path)
+        compressed = AdapterPath.parse(lora_request.lora_path)
         if compressed is not None:
-            self._bind(lora_request, *compressed)
+            self._bind(lora_request, compressed)
             manager.activate_adapter(lora_id)
             return True
         manager.unbind(lora_id)  # it may have been a compressed adapter's
@@ -50,14 +50,14 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             return False
         return super().add_adapter(lora_request)
 
-    def _bind(self, request: LoRARequest, revision: str, name: str) -> None:
+    def _bind(self, request: LoRARequest, path: AdapterPath) -> None:
         served = self._adapter_manager.collection.manifest.revision
-        if revision != served:
+        if path.revision != served:
             raise JDLoRAError(
-                f"adapter {name!r} is asked for from revision {revision} and this server has {served}: take the "
-                "request from the collection that the server was started with"
+                f"adapter {path.name!r} is asked for from revision {path.revision} and this server has {served}: take "
+                "the request from the collection that the server was started with"
             )
-        self._adapter_manager.add_compressed(request, name)
+        self._adapter_manager.add_compressed(request, path.name)
 
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         lora = super()._load_adapter(lora_request)
