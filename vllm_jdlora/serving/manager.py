@@ -66,7 +66,7 @@ class JDLoRAModelManager(LRUCacheLoRAModelManager):
             )
         manifest = self.collection.manifest
         clusters = manifest.clusters
-        # On CPU the kernel works in fp32; buffers in the model's bf16 would be cast again at every layer and step.
+        # On CPU the kernel reads Σ in fp32; bases come in this dtype and are laid down in the model's.
         dtype = torch.float32 if current_platform.is_cpu() else lora_config.lora_dtype
         eight_bit = options.base_bits == 8
         # Both are wanted inside super().__init__. Clusters are LoRAs of vLLM unless they are of 8 bits.
