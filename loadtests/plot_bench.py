@@ -8,23 +8,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from vllm_jdlora.evaluation.plot_style import BLUE, ORANGE, REFERENCE_COLOUR, REFERENCE_LINE, SavedFigure
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "loadtests" / "results" / "bench.jsonl"
 PICTURE = ROOT / "docs" / "bench.svg"
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "jdlora",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Arial"],
-    "figure.constrained_layout.use": True,
-}
-# Okabe-Ito: told apart by colour-blind readers too.
-_MEASURES = {"decode": "#0072B2", "prefill": "#E69F00"}
+_MEASURES = {"decode": BLUE, "prefill": ORANGE}
 _TARGETS = {"attention": "q, k, v", "linear": "all seven linear modules"}
 _BAR = 0.38
 
@@ -38,11 +27,6 @@ def relative(group: dict[str, Any], measure: str, row: str) -> list[float]:
 
 def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
     """Bars with the range over the rounds, one panel for each set of targets."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     panels = {
         targets: [
             (key, group) for group in record["groups"] for key in group["rows"] if _targets(record, key) == targets
@@ -52,20 +36,15 @@ def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
     panels = {targets: rows for targets, rows in panels.items() if rows}
     if not panels:
         raise SystemExit("nothing to draw: the record has no row with adapters")
-    with plt.rc_context(_STYLE):
-        heights = [len(rows) for rows in panels.values()]
-        figure, axes = plt.subplots(
-            len(panels), 1, figsize=(8, 1.1 + 0.62 * sum(heights)), height_ratios=heights, sharex=True, squeeze=False
-        )
+    bars = [len(rows) for rows in panels.values()]
+    size = (8, 1.1 + 0.62 * sum(bars))
+    with SavedFigure(file, *size, grid=False, nrows=len(panels), height_ratios=bars, sharex=True) as axes:
         for axis, (targets, rows) in zip(axes[:, 0], panels.items(), strict=True):
             _draw(axis, record, rows)
             axis.set_title(f"adapters on {_TARGETS[targets]}", loc="left", fontsize=10)
         axes[0, 0].set_xlim(0, 1.1 * axes[0, 0].get_xlim()[1])  # room for the numbers
         axes[0, 0].legend(loc="upper right", bbox_to_anchor=(0.88, 1))
         axes[-1, 0].set_xlabel("tokens/s, % of the base model without LoRA")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, metadata={"Date": None})
-        plt.close(figure)
     return file
 
 
@@ -83,10 +62,10 @@ def _draw(axis: Any, record: dict[str, Any], rows: list[tuple[str, dict[str, Any
             middle = statistics.median(values)
             place = y + (i - 0.5) * _BAR
             error = [[middle - min(values)], [max(values) - middle]]
-            axis.barh(place, middle, _BAR, color=colour, xerr=error, error_kw={"lw": 1, "ecolor": "#444444"})
+            axis.barh(place, middle, _BAR, color=colour, xerr=error, error_kw={"lw": 1, "ecolor": REFERENCE_COLOUR})
             axis.annotate(f"{middle:.0f} %", (max(values), place), (4, 0), textcoords="offset points", va="center")
         axis.barh(0, 0, color=colour, label=measure)
-    axis.axvline(100, color="#444444", lw=1, ls="--")
+    axis.axvline(100, **REFERENCE_LINE)
     axis.set_yticks(range(len(rows)), [record["rows"][key]["title"] for key, _ in rows])
     axis.invert_yaxis()
     axis.tick_params(left=False)

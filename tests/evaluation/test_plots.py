@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.evaluation.records import record
-from vllm_jdlora.evaluation import plots
+from vllm_jdlora.evaluation import plot_style, plots
 from vllm_jdlora.evaluation.summary import summarise
 
 
@@ -29,13 +29,13 @@ def records():
 def drawn(monkeypatch):
     """The axes of every figure, as they were when it was saved."""
     axes = []
-    finish = plots._figure.__exit__
+    finish = plot_style.SavedFigure.__exit__
 
     def keep(self, *reason):
         axes.extend(self.figure.axes)
         return finish(self, *reason)
 
-    monkeypatch.setattr(plots._figure, "__exit__", keep)
+    monkeypatch.setattr(plot_style.SavedFigure, "__exit__", keep)
     return axes
 
 

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.evaluation.evaluate import BASE, UNCOMPRESSED
+from vllm_jdlora.evaluation.plot_style import COLOURS, REFERENCE_LINE, SavedFigure
 from vllm_jdlora.evaluation.records import Record
 from vllm_jdlora.evaluation.summary import Estimate, Row
 
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "jdlora",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Arial"],
-    "figure.constrained_layout.use": True,
-}
-# Okabe-Ito: told apart by colour-blind readers too; the marker says it again.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
 _FLOOR = 85
 # Rises of the loss (nats a token) up to this are drawn on a linear scale.
@@ -57,7 +40,7 @@ def plot_over_bytes(rows: Sequence[Row], file: Path) -> Path:
     with_output = all(row.output_error is not None for row in shown)
     families = _families(shown)
     many = len(families) > _MANY
-    with _figure(file, 2, beside=many) as (left, right):
+    with _panels(file, 2, beside=many) as ((left, right),):
         for i, ((name, members), look) in enumerate(zip(families.items(), _looks(), strict=False)):
             share = [row.share_of_bytes for row in members]
             errors = [row.output_error if with_output else row.relative_error for row in members]
@@ -78,7 +61,7 @@ def plot_over_bytes(rows: Sequence[Row], file: Path) -> Path:
             _percent_scale(right)
         else:
             right.set(ylabel="loss of a token above the uncompressed, nats")
-            right.axhline(0, color="#444444", lw=1, ls="--")
+            right.axhline(0, **REFERENCE_LINE)
             _loss_scale(right, [row.loss_change.mean for row in shown])
         ticks = _share_ticks([row.share_of_bytes for row in shown])
         for axis in (left, right):
@@ -103,7 +86,7 @@ def plot_performance_over_error(records: Sequence[Record], file: Path) -> Path:
     families: dict[str, list[Record]] = {}
     for record in shown:
         families.setdefault(family_of(record.variant), []).append(record)
-    with _figure(file, 1, beside=len(families) > _MANY) as (axis,):
+    with _panels(file, 1, beside=len(families) > _MANY) as ((axis,),):
         for name, look in zip(sorted(families, key=_ours_first), _looks(), strict=False):
             members = families[name]
             points = []
@@ -117,7 +100,7 @@ def plot_performance_over_error(records: Sequence[Record], file: Path) -> Path:
                 shape = {"color": look["color"], "marker": look["marker"], "s": 16, "alpha": 0.55, "lw": 0}
                 # The first on top: ours.
                 axis.scatter(*zip(*points, strict=True), **shape, label=name, zorder=3 - len(axis.collections) / 100)
-        axis.axhline(100, color="#444444", lw=1, ls="--")
+        axis.axhline(100, **REFERENCE_LINE)
         axis.set(
             xlabel=("output error" if with_output else "relative error") + " of the adapter (not squared)",
             ylabel=("ROUGE-L" if with_answers else "token accuracy") + ", % of uncompressed",
@@ -132,7 +115,7 @@ def plot_convergence(objectives: Mapping[str, Sequence[float]], file: Path) -> P
 
     The scale of the rounds is logarithmic, linear up to 1; that of the objective where values differ widely.
     """
-    with _figure(file, 1) as (axis,):
+    with _panels(file, 1) as ((axis,),):
         for (name, values), look in zip(objectives.items(), _looks(), strict=False):
             marked = {"markersize": 3} if len(values) < _DENSE else {"marker": ""}
             axis.plot(range(len(values)), values, **{**look, **marked}, label=name)
@@ -158,7 +141,7 @@ def plot_error_over_clusters(points: Sequence[Mapping[str, Any]], file: Path) ->
     curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for point in sorted(points, key=lambda p: (Fraction(p["budget"]), p["clusters"])):
         curves.setdefault((point["budget"], point["method"]), []).append(point)
-    with _figure(file, 1) as (axis,):
+    with _panels(file, 1) as ((axis,),):
         for ((budget, method), members), look in zip(curves.items(), _looks(), strict=False):
             x, y = [p["clusters"] for p in members], [p["output_error"] for p in members]
             axis.plot(x, y, **look, label=f"JD-{method.capitalize()}, {budget} of the bytes")
@@ -175,51 +158,9 @@ def plot_error_over_clusters(points: Sequence[Mapping[str, Any]], file: Path) ->
     return file
 
 
-class _figure:
-    """Panels side by side (and a legend beside them), saved when the block ends well; the suffix says the format."""
-
-    def __init__(self, file: Path, panels: int, *, beside: bool = False):
-        self.file, self.panels, self.beside = Path(file), panels, beside
-
-    def __enter__(self) -> Sequence[Any]:
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        self._style = matplotlib.rc_context(_STYLE)
-        self._style.__enter__()
-        self.figure = Figure(figsize=(5.2 * self.panels + 2 * self.beside, 3.8))
-        return self.figure.subplots(1, self.panels, squeeze=False)[0]
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        try:
-            if kind is None:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = self.file.with_name(f".new-{self.file.name}")
-                # No date in it: the same data gives the same file.
-                dated = {"metadata": {"Date": None}} if self.file.suffix == ".svg" else {"dpi": 160}
-                self.figure.savefig(temporary, **dated)
-                if self.file.suffix == ".svg":
-                    temporary.write_text(_smaller(temporary.read_text(encoding="utf-8")), encoding="utf-8")
-                temporary.replace(self.file)
-        finally:
-            self._style.__exit__(None, None, None)
-
-
-def _smaller(svg: str) -> str:
-    """The same picture in a third of the bytes: hundredths of a point, and a group's style said once."""
-    svg = re.sub(
-        r"(?<=[ \"])-?\d+\.\d{3,}(?=[ \"])", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), svg
-    )
-    svg = re.sub(r"\n\s*", "\n", svg)
-
-    def hoisted(group: re.Match[str]) -> str:
-        styles = set(re.findall(r'<use [^>]*?( style="[^"]*")/>', group[2]))
-        if len(styles) != 1 or "style=" in group[1]:
-            return group[0]
-        style = styles.pop()
-        return f"<g{group[1]}{style}>{group[2].replace(style + '/>', '/>')}</g>"
-
-    return re.sub(r"<g([^>]*)>((?:\s*<use [^>]*/>)+\s*)</g>", hoisted, svg)
+def _panels(file: Path, count: int, *, beside: bool = False) -> SavedFigure:
+    """Side by side, with room for a legend beside them."""
+    return SavedFigure(file, 5.2 * count + 2 * beside, 3.8, ncols=count)
 
 
 def _legend(axis: Any) -> None:
@@ -253,7 +194,7 @@ def _error_scale(axis: Any, errors: Sequence[float | None]) -> None:
 
 
 def _percent_scale(axis: Any) -> None:
-    axis.axhline(100, color="#444444", lw=1, ls="--")
+    axis.axhline(100, **REFERENCE_LINE)
     axis.set(ylabel="ROUGE-L, % of uncompressed")
     axis.set_ylim(bottom=max(_FLOOR, axis.get_ylim()[0]))
 
@@ -281,8 +222,8 @@ def _plain_ticks(axis: Any) -> None:
 def _looks() -> Iterable[dict[str, Any]]:
     index = 0
     while True:
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
-        line = "-" if index < len(_COLOURS) else "--"
+        colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[(index + index // len(COLOURS)) % len(_MARKERS)]
+        line = "-" if index < len(COLOURS) else "--"
         yield {"color": colour, "marker": marker, "ls": line, "lw": 1.6, "markersize": 5}
         index += 1
 
