@@ -35,7 +35,7 @@ class Timing:
             closed the connection), ``server`` (an error within the stream), ``malformed`` (not the protocol), ``cut``
             (the stream ended without its closing mark), ``empty`` (no piece at all).
         detail: what the server or the transport said of the error, at most 300 characters.
-        left: the client closed the connection on purpose, after as many pieces as it was told.
+        left: the client closed the connection on purpose, after as many pieces or at the time that it was told.
         text: the answer, if it was asked to be kept.
     """
 
@@ -193,6 +193,7 @@ async def stream_completion(
     timeout: float = 600.0,
     api_key: str | None = None,
     leave_after: int | None = None,
+    leave_at: float | None = None,
     keep_text: bool = False,
     **options: Any,
 ) -> Timing:
@@ -203,14 +204,17 @@ async def stream_completion(
         prompt: text or token ids go to ``/v1/completions``, messages to ``/v1/chat/completions``.
         timeout: for the whole request.
         leave_after: close the connection after so many pieces, as a client that goes away.
+        leave_at: close it at this time of ``time.perf_counter()``.
         options: added to the body, as ``ignore_eos=True``.
     """
     path, body = request_body(model, prompt, max_tokens, **options)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     reader = AnswerReader(model, time.perf_counter(), keep_text)
     left = False
+    leaves = leave_at is not None and leave_at < reader.started + timeout
+    seconds = max(0.001, leave_at - reader.started) if leave_at is not None and leaves else timeout
     try:
-        limits = aiohttp.ClientTimeout(total=timeout, sock_connect=30)
+        limits = aiohttp.ClientTimeout(total=seconds, sock_connect=30)
         async with session.post(url.rstrip("/") + path, json=body, headers=headers, timeout=limits) as response:
             if response.status != 200:
                 reader.fail(f"http {response.status}", (await response.text())[:300])
@@ -221,7 +225,8 @@ async def stream_completion(
                         response.close()
                         break
     except asyncio.TimeoutError:
-        reader.fail("timeout", f"not finished within {timeout:g} s")
+        if not (left := leaves):
+            reader.fail("timeout", f"not finished within {timeout:g} s")
     except aiohttp.ClientConnectorError as error:
         reader.fail("refused", str(error))
     except (aiohttp.ClientError, ConnectionError, ValueError) as error:

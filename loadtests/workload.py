@@ -17,7 +17,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,9 @@ class TrafficSpec:
             raise JDLoRAError(f"base_share is between 0 and 1, not {self.base_share}")
         _parsed("arrivals", self.arrivals, _ARRIVALS)
         _parsed("popularity", self.popularity, _POPULARITY)
+
+    def with_seed(self, seed: int) -> TrafficSpec:
+        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True)

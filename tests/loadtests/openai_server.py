@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -43,7 +43,9 @@ async def every_token(request: web.Request, body: dict[str, Any]) -> web.StreamR
 
 
 @asynccontextmanager
-async def serving(answer: Answer = every_token, models: tuple[str, ...] = ()) -> AsyncIterator[tuple[str, list[dict]]]:
+async def serving(
+    answer: Answer = every_token, models: Sequence[str | dict] = ()
+) -> AsyncIterator[tuple[str, list[dict]]]:
     """(url, bodies received so far) of a running server."""
     bodies: list[dict] = []
 
@@ -53,7 +55,7 @@ async def serving(answer: Answer = every_token, models: tuple[str, ...] = ()) ->
         return await answer(request, body)
 
     async def list_models(request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": name} for name in models]})
+        return web.json_response({"data": [m if isinstance(m, dict) else {"id": m} for m in models]})
 
     app = web.Application()
     app.router.add_post("/v1/completions", complete)

@@ -1,6 +1,7 @@
 """The streaming client against a server whose every answer is known, good and bad."""
 
 import asyncio
+import time
 
 import pytest
 from aiohttp import web
@@ -128,6 +129,16 @@ def test_a_server_that_is_not_there_is_refused():
 def test_a_client_that_leaves_makes_no_error():
     timing, _ = asked(max_tokens=50, leave_after=2)
     assert timing.left and timing.error is None and len(timing.pieces) == 2 == timing.output_tokens
+
+
+def test_a_client_that_leaves_at_a_time_keeps_what_it_has():
+    async def endless(request, body):
+        return await streamed(request, *[event(piece("a"))] * 100, pause=0.05)
+
+    begun = time.perf_counter()
+    timing, _ = asked(endless, leave_at=begun + 0.3)
+    assert timing.left and timing.error is None and 1 <= len(timing.pieces) < 100
+    assert timing.started + timing.seconds == pytest.approx(begun + 0.3, abs=0.2)
 
 
 def test_other_lines_of_the_protocol_are_skipped():
