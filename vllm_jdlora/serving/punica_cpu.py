@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.forward_context import get_forward_context
-from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
 from vllm_jdlora.kernels.cpu_tiles import Form
+from vllm_jdlora.serving.punica import JDPunica, LayerPunica, define_operator, layer_of
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
 
 
-class JDPunicaCPU(PunicaWrapperBase):
-    """What a step's layers share: the plan of who is in the batch.
+class JDPunicaCPU(JDPunica):
+    """The plan is tiles of tokens for each thread.
 
     vLLM's own CPU wrapper gathers a whole LoRA matrix for each token, and on 0.32 takes the base model's −1 for the
     last slot; nothing of it is used here.
@@ -32,8 +31,7 @@ class JDPunicaCPU(PunicaWrapperBase):
         dtype: torch.dtype,
     ):
         """dtype: of the model. Bases are kept in it, and in fp32 for a model in fp16, which the kernel has not."""
-        super().__init__(max_num_batched_tokens, max_batches, device)
-        self._forward_context_layers = forward_context_layers
+        super().__init__(max_num_batched_tokens, max_batches, device, forward_context_layers)
         self._form = Form.here(torch.float32 if dtype == torch.float16 else dtype)
         self.groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
 
@@ -41,37 +39,18 @@ class JDPunicaCPU(PunicaWrapperBase):
         """Plan the step: base slot and scaling slot of each token, int64 [T] each; −1 for none."""
         self.groups = TokenGroups.plan(token_base, token_slot)
 
-    def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
-        """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
-        wrapper = LayerPunicaCPU(self, f"{name}.jdlora", layer, sigma, self._form)
-        self._forward_context_layers[wrapper.name] = wrapper
-        return wrapper
-
-    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("steps are planned by update_tokens")
-
-    def _unreachable(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("this LoRA layer should have been refused at start-up: only linear layers are served on CPU")
-
-    add_shrink = add_expand = add_lora_linear = _unreachable
-    add_lora_embedding = add_lora_logits = apply_lora_full_linear = _unreachable
+    def _wrapper(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
+        return LayerPunicaCPU(self, name, layer, sigma, self._form)
 
 
-class LayerPunicaCPU:
-    """The wrapper that one layer sees; it owns the layer's bases, laid out as the kernel reads them.
+class LayerPunicaCPU(LayerPunica):
+    """Owns the layer's bases, laid out as the kernel reads them."""
 
-    The layer reaches the kernel through an operator that torch.compile does not look into, so that vLLM can compile
-    the model around it. The operator finds the layer by name in vLLM's forward context, as attention does: compiled
-    code that vLLM caches on disk is then right for any engine.
-    """
+    _shared: JDPunicaCPU
 
     def __init__(self, shared: JDPunicaCPU, name: str, layer: Any, sigma: torch.Tensor, form: Form):
-        self._shared = shared
-        self.name = name
+        super().__init__(shared, name)
         self._packed = _take_over(layer, sigma, form)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._shared, name)
 
     def add_lora_linear(
         self,
@@ -125,15 +104,8 @@ def _take_over(layer: Any, sigma: torch.Tensor, form: Form) -> PackedLinear:
     return packed
 
 
-_library = torch.library.Library("vllm_jdlora", "FRAGMENT")
-_library.define("linear_cpu_(Tensor(a!) y, Tensor x, str layer) -> ()")
-
-
-@torch.library.impl(_library, "linear_cpu_", "CPU")
 def _linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: str) -> None:
-    get_forward_context().no_compile_layers[layer].run(y, x)
+    layer_of(layer).run(y, x)
 
 
-@torch.library.register_fake("vllm_jdlora::linear_cpu_", lib=_library)
-def _fake_linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: str) -> None:
-    """What torch.compile sees: ``y`` is mutated, nothing is returned."""
+define_operator("linear_cpu_(Tensor(a!) y, Tensor x, str layer) -> ()", _linear_cpu_, "CPU")

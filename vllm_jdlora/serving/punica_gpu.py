@@ -1,9 +1,7 @@
 """The punica wrapper for CUDA: plans a step once, then launches the Triton kernels for each layer.
 
-Kernels see *bases* (clusters and plain adapters), so grids grow with clusters and not with adapters. Each layer reaches
-its kernels through operators that torch.compile does not look into and that find the layer by name in vLLM's forward
-context, as attention does: compiled code that vLLM caches on disk is then right for any engine, and a CUDA graph holds
-all launches of a layer or none.
+Kernels see *bases* (clusters and plain adapters), so grids grow with clusters and not with adapters. All launches of a
+layer are behind its operators, so a CUDA graph holds all of them or none.
 """
 
 from __future__ import annotations
@@ -13,21 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import envs
-from vllm.forward_context import get_forward_context
-from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 from vllm_jdlora.kernels.packed_module import PackedModule
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
+from vllm_jdlora.serving.punica import JDPunica, LayerPunica, define_operator, layer_of
 
 
-class JDPunicaGPU(PunicaWrapperBase):
-    """What a step's layers share: the plan of who is in the batch, and the scratch.
-
-    vLLM's own metadata is not made: its loop over tokens takes milliseconds for a long prefill, and its only readers
-    are embedding, logits and expert layers, which are refused at start-up.
-    """
+class JDPunicaGPU(JDPunica):
+    """The plan lies on the device, at the same place for every step; beside it the scratch that layers share."""
 
     def __init__(
         self,
@@ -50,8 +43,7 @@ class JDPunicaGPU(PunicaWrapperBase):
         Raises:
             JDLoRAError: there is no Triton.
         """
-        super().__init__(max_num_batched_tokens, max_batches, device)
-        self._forward_context_layers = forward_context_layers
+        super().__init__(max_num_batched_tokens, max_batches, device, forward_context_layers)
         self._eight_bit = eight_bit
         # vLLM's switch asks for equal bits of a request whatever else is served beside it.
         self.kernels = GroupedLoRA(TokenTiles(max_num_batched_tokens, bases, device), device, envs.VLLM_BATCH_INVARIANT)
@@ -68,41 +60,24 @@ class JDPunicaGPU(PunicaWrapperBase):
         """
         self.kernels.tiles.plan(token_base, token_slot)
 
-    def for_layer(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaGPU:
-        """The wrapper of one LoRA layer, with its rows of the Σ buffer [slots, slices, R, R]."""
+    def _wrapper(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaGPU:
         bases = None
         if self._eight_bit is not None:
             bases = EightBitBases.beside(layer.lora_a_stacked, layer.lora_b_stacked, *self._eight_bit)
-        wrapper = LayerPunicaGPU(self, f"{name}.jdlora", layer, sigma, bases)
-        self._forward_context_layers[wrapper.name] = wrapper
-        return wrapper
-
-    def _unreachable(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("this LoRA layer should have been refused at start-up: only linear layers are served")
-
-    update_metadata = add_shrink = add_expand = add_lora_linear = _unreachable
-    add_lora_embedding = add_lora_logits = apply_lora_full_linear = _unreachable
+        return LayerPunicaGPU(self, name, layer, sigma, bases)
 
 
-class LayerPunicaGPU:
-    """The wrapper that one layer sees; it owns the tables through which kernels find the layer's bases, and the bases
-    of 8 bits, which vLLM knows nothing of."""
+class LayerPunicaGPU(LayerPunica):
+    """Owns the tables through which kernels find the layer's bases, and the bases of 8 bits, which vLLM knows nothing
+    of."""
 
     def __init__(
         self, shared: JDPunicaGPU, name: str, layer: Any, sigma: torch.Tensor, eight_bit: EightBitBases | None = None
     ):
-        self._shared = shared
-        self.name = name
-        self.sigma = sigma
+        super().__init__(shared, name)
+        self.kernels, self.sigma = shared.kernels, sigma
         self.module = PackedModule.of(layer.lora_a_stacked, layer.lora_b_stacked, eight_bit)
-        shared.kernels.reserve(self.module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._shared, name)
-
-    @property
-    def kernels(self) -> GroupedLoRA:
-        return self._shared.kernels
+        self.kernels.reserve(self.module)
 
     def add_lora_linear(
         self,
@@ -142,23 +117,18 @@ class LayerPunicaGPU:
         torch.ops.vllm_jdlora.expand_gpu_(y, x, self.name, offset_start, add_inputs)
 
 
-def _layer(name: str) -> LayerPunicaGPU:
-    layer: LayerPunicaGPU = get_forward_context().no_compile_layers[name]
-    return layer
-
-
 def _linear_gpu_(y: torch.Tensor, x: torch.Tensor, layer: str, add_inputs: bool) -> None:
-    owner = _layer(layer)
+    owner = layer_of(layer)
     owner.kernels.linear_(_rows(y), _rows(x), owner.module, owner.sigma, add_inputs)
 
 
 def _shrink_gpu_(h: torch.Tensor, x: torch.Tensor, layer: str) -> None:
-    owner = _layer(layer)
+    owner = layer_of(layer)
     owner.kernels.shrink_(h, _rows(x), owner.module)
 
 
 def _expand_gpu_(y: torch.Tensor, h: torch.Tensor, layer: str, first_column: int, add_inputs: bool) -> None:
-    owner = _layer(layer)
+    owner = layer_of(layer)
     owner.kernels.expand_(_rows(y), h, owner.module, owner.sigma, first_column, add_inputs)
 
 
@@ -167,18 +137,10 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _fake(*args: Any) -> None:
-    """What torch.compile sees: the first tensor is mutated, nothing is returned."""
-
-
-# torch.library.custom_op would add tens of microseconds of Python to each of hundreds of calls in an eager step.
-_library = torch.library.Library("vllm_jdlora", "FRAGMENT")
-for _schema, _function in (
-    ("linear_gpu_(Tensor(a!) y, Tensor x, str layer, bool add_inputs) -> ()", _linear_gpu_),
-    ("shrink_gpu_(Tensor(a!) h, Tensor x, str layer) -> ()", _shrink_gpu_),
-    ("expand_gpu_(Tensor(a!) y, Tensor h, str layer, int first_column, bool add_inputs) -> ()", _expand_gpu_),
-):
-    _library.define(_schema)
-    _library.impl(_function.__name__.removeprefix("_"), _function, "CUDA")
-    _library.impl(_function.__name__.removeprefix("_"), _function, "CPU")  # for Triton's interpreter
-    _library._register_fake(_function.__name__.removeprefix("_"), _fake)
+# On the CPU they run in Triton's interpreter.
+_DEVICES = ("CUDA", "CPU")
+define_operator("linear_gpu_(Tensor(a!) y, Tensor x, str layer, bool add_inputs) -> ()", _linear_gpu_, *_DEVICES)
+define_operator("shrink_gpu_(Tensor(a!) h, Tensor x, str layer) -> ()", _shrink_gpu_, *_DEVICES)
+define_operator(
+    "expand_gpu_(Tensor(a!) y, Tensor h, str layer, int first_column, bool add_inputs) -> ()", _expand_gpu_, *_DEVICES
+)
