@@ -6,6 +6,7 @@ import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from vllm_jdlora.kernels import reference
+from vllm_jdlora.kernels.cpu_grouped import PackedLinear
 from vllm_jdlora.serving.punica_cpu import JDPunicaCPU
 
 D_OUT, D_IN, RANK, SLOTS = 48, 40, 16, 3
@@ -66,6 +67,16 @@ def test_another_adapter_in_a_slot_and_a_cleared_slot_count_at_once():
     wrapper.run(out, x)
     torch.testing.assert_close(out, expected(y, x, u, v, sigma, bases, slots), rtol=1e-5, atol=1e-5)
     assert torch.equal(out[2:4], y[2:4])
+
+
+def test_a_slot_is_laid_down_once_for_each_write(monkeypatch):
+    _, layer, _, _, u, v, *_ = served(torch.float32)
+    written = []
+    monkeypatch.setattr(PackedLinear, "write", lambda self, cluster, *bases: written.append(cluster))
+    layer.set_lora(1, v[1], u[1])
+    layer.reset_lora(2)
+    layer.set_lora(0, v[0], u[0])
+    assert written == [1, 2, 0]
 
 
 def test_a_plan_for_another_number_of_tokens_is_refused():

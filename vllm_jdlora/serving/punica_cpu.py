@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,14 +92,21 @@ def _take_over(layer: Any, sigma: torch.Tensor, form: Form) -> PackedLinear:
     layer.lora_a_stacked = tuple(stage.expand(slots, 1, *stage.shape) for stage in v)
     layer.lora_b_stacked = tuple(stage.expand(slots, 1, *stage.shape) for stage in u)
 
-    def laying_down(write: Callable[..., None]) -> Callable[..., None]:
-        def written(index: int, *args: Any, **kwargs: Any) -> None:
+    clear, write = layer.reset_lora, layer.set_lora
+
+    def reset_lora(index: int) -> None:
+        clear(index)
+        packed.write(index, u, v)
+
+    def set_lora(index: int, *args: Any, **kwargs: Any) -> None:
+        layer.reset_lora = clear  # vLLM clears a slot before it writes it: what comes between need not be laid down
+        try:
             write(index, *args, **kwargs)
-            packed.write(index, u, v)
+        finally:
+            layer.reset_lora = reset_lora
+        packed.write(index, u, v)
 
-        return written
-
-    layer.set_lora, layer.reset_lora = laying_down(layer.set_lora), laying_down(layer.reset_lora)
+    layer.set_lora, layer.reset_lora = set_lora, reset_lora
     return packed
 
 
