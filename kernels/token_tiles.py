@@ -25,14 +25,6 @@ def max_tiles(tokens: int, rows: int, clusters: int) -> int:
     return groups + (tokens - groups) // rows
 
 
-def slots_of(ids: np.ndarray, index_to_id: list[int | None]) -> np.ndarray:
-    """Place of each id in ``index_to_id``, −1 for id 0 (the base model); int64 [tokens]."""
-    starts, lengths = runs(ids)
-    index_of = {lora_id: index for index, lora_id in enumerate(index_to_id) if lora_id is not None}
-    places = [index_of[i] if i > 0 else -1 for i in ids[starts].tolist()]
-    return np.repeat(np.array(places, dtype=np.int64), lengths)
-
-
 class TokenTiles:
     """The plan of a step on the device, always at the same addresses (CUDA graphs keep them).
 

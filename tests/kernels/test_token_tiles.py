@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.kernels.token_tiles import DECODE_ROWS, PREFILL_ROWS, TokenTiles, max_tiles, slots_of
+from vllm_jdlora.kernels.token_tiles import DECODE_ROWS, PREFILL_ROWS, TokenTiles, max_tiles
 
 
 def random_step(rng: np.random.Generator, tokens: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,11 +68,6 @@ def test_steps_that_do_not_fit_are_refused():
         plan.plan(np.zeros(1, np.int64), np.zeros(2, np.int64))
     plan.plan(np.empty(0, np.int64), np.empty(0, np.int64))
     assert plan.live == 0
-
-
-def test_ids_become_slots_and_the_base_model_minus_one():
-    assert slots_of(np.array([7, 7, 0, 9, 7]), [None, 9, 7]).tolist() == [2, 2, -1, 1, 2]
-    assert slots_of(np.empty(0, np.int64), [None]).tolist() == []
 
 
 def test_planning_256_sequences_of_a_full_prefill_step_is_cheap():
