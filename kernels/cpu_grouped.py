@@ -95,6 +95,16 @@ def _split(tile_count: np.ndarray, threads: int) -> np.ndarray:
     return np.concatenate(([0], inner, [len(tile_count)])).astype(np.int64)
 
 
+def stream_shapes(
+    widths: Sequence[int], d_in: int, rank: int, form: Form
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """How one cluster's V of all slices lies, and the U of each slice of ``widths`` outputs: see lay_v and lay_u."""
+    rows = -(-len(widths) * rank // _ROWS) * _ROWS
+    each = 2 if form.pairs else 1
+    u_shapes: list[tuple[int, ...]] = [(-(-w // form.lanes), rank // each, form.lanes, each) for w in widths]
+    return (rows // BLOCK, -(-d_in // form.step), BLOCK, form.step), u_shapes
+
+
 class PackedLinear:
     """The bases of one linear module (its slices packed: q, k, v) as the kernel reads them.
 
@@ -112,12 +122,9 @@ class PackedLinear:
         if sigma.dtype != torch.float32 or not sigma[0].is_contiguous():
             raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous")
         self.form, self.rank, self.widths, self.sigma = form, rank, tuple(widths), sigma
-        rows = -(-len(widths) * rank // _ROWS) * _ROWS
-        self._d_in, self._rows = d_in, rows
-        turns, each = -(-d_in // form.step), 2 if form.pairs else 1
+        v_shape, u_shapes = stream_shapes(widths, d_in, rank, form)
+        self._d_in, self._rows = d_in, v_shape[0] * BLOCK
         # A cluster's V and U one behind the other: the kernel reads them as one stream.
-        v_shape = (rows // BLOCK, turns, BLOCK, form.step)
-        u_shapes = [(-(-width // form.lanes), rank // each, form.lanes, each) for width in widths]
         sizes = [math.prod(shape) for shape in (v_shape, *u_shapes)]
         bases = cpu_pages.zeros(clusters, sum(sizes), form.stored)
         parts = [p.unflatten(1, s) for p, s in zip(bases.split(sizes, 1), (v_shape, *u_shapes), strict=True)]

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from tests import tiny_llama
+from tests import tiny_llama, tiny_models
 from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.commands.byte_budget import byte_budget, size_in_bytes
@@ -48,8 +48,11 @@ def test_the_recommended_command_gives_the_bytes_and_errors_that_were_promised(a
     for part in collection.manifest.slices:
         stored += collection.basis(part.name)
     stored += [collection.sigma(i) for i in range(6)]
-    assert best["bytes"]["device"] == sum(t.numel() * t.element_size() for t in stored) == best["total_bytes"]
-    assert best["bytes"]["each_adapter"] == stored[-1].numel() * 2
+    disk = best["bytes"]["disk"]
+    assert disk["total"] == sum(t.numel() * t.element_size() for t in stored) == best["total_bytes"]
+    assert disk["each_adapter"] == stored[-1].numel() * 2 and best["bytes"]["host"] == 6 * disk["each_adapter"]
+    files = [f.stat().st_size for f in (tmp_path / "c").glob("*.safetensors")]
+    assert disk["total"] <= sum(files) <= disk["total"] + 4096 * len(files)  # and headers
     assert best["total_bytes"] <= 0.9 * facts["bytes"]["adapters"]
     # All slices are probes here; one sweep from the leading columns is a little worse than the fit of that rank.
     errors = [a.relative_error for a in collection.manifest.adapters]
@@ -84,20 +87,70 @@ def test_traffic_is_predicted_for_the_recommended_size_and_for_a_collection(adap
     assert "on A100, predicted, not measured" in shown and "1 clusters of rank 4" in shown
 
 
-def test_room_is_counted_in_slots_and_scalings(adapters, capsys):
+def test_room_is_counted_in_slots_and_scalings_as_a_server_allocates_them(adapters, capsys):
+    memory = 1 << 20
     facts = planned(capsys, adapters, "--device-memory", "1MiB", "--adapters-expected", "12")
     slot = facts["bytes"]["plain_slot"]
-    assert slot == facts["bytes"]["adapters"] // 6  # all of one rank: a slot is an adapter
+    # A slot of vLLM is as wide as its next buffer width, 8, and has k_proj as well, which lies beside q and v.
+    q, v, hidden = 128, 64, tiny_llama.HIDDEN
+    assert slot == tiny_llama.LAYERS * 2 * 8 * (3 * hidden + q + 2 * v)
     for row in facts["choices"]:
-        bases, each, fit = row["bytes"]["bases"], row["bytes"]["each_adapter"], row["fit"]
-        assert fit["plain_slots"] == (1 << 20) // slot
-        assert bases + fit["on_these_bases"] * each <= 1 << 20 < bases + (fit["on_these_bases"] + 1) * each
+        device, fit = row["bytes"]["device"], row["fit"]
+        fixed = device["bases"] + device["plain_slots"] + device["each_adapter"]
+        assert device["total"] == fixed + 6 * device["each_adapter"]
+        assert fit["plain_slots"] == memory // slot
+        assert fixed + fit["on_these_bases"] * device["each_adapter"] <= memory
+        assert fixed + (fit["on_these_bases"] + 1) * device["each_adapter"] > memory
+        of_one_cluster = device["bases"] // row["clusters"]
+        for more, fits in ((0, True), (1, False)):
+            n = fit["at_this_error"] + more
+            clusters = -(-row["clusters"] * n // 6)
+            grown = clusters * of_one_cluster + device["plain_slots"] + (n + 1) * device["each_adapter"]
+            assert (grown <= memory) is fits
         assert row["expected"]["clusters"] == 2 * row["clusters"]
-        assert row["expected"]["device"] == 2 * row["bytes"]["device"]
+        assert row["expected"]["device"] - device["total"] == device["bases"] + 6 * device["each_adapter"]
+        assert row["expected"]["disk"] == 2 * row["bytes"]["disk"]["total"]
         assert row["expected"]["plain_slots"] == 12 * slot
-    assert [row["bytes"]["device"] for row in facts["choices"]] == sorted(
-        row["bytes"]["device"] for row in facts["choices"]
-    )
+    on_disk = [row["bytes"]["disk"]["total"] for row in facts["choices"]]
+    assert on_disk == sorted(on_disk)
+
+
+DESCRIBED = ("--adapter-rank", "16", "--target-modules", "q_proj,v_proj")
+
+
+def test_adapters_that_are_only_described_are_planned_for_from_the_models_config(tmp_path, capsys):
+    model = tiny_models.write_model(tmp_path / "model", "llama")
+    (model / "model.safetensors").unlink()  # the config is enough
+    facts = planned(capsys, "--base-model", model, "--adapters-expected", "1000", *DESCRIBED, "--device-memory", "1GiB")
+    assert facts["slices"] == 4 and facts["wrapped_modules"] == 2 and not facts["unknown_slices"]
+    assert facts["bytes"]["adapters"] == 1000 * 2 * 16 * 2 * (64 + 128 + 64 + 64)
+    assert {row["rank"] for row in facts["choices"]} >= {8, 16}
+    assert all(row["relative_error"] is None for row in facts["choices"])
+    assert all(row["bytes"]["disk"]["total"] < facts["bytes"]["adapters"] for row in facts["choices"])
+    assert main(["plan", "--base-model", str(model), "--adapters-expected", "1000", *DESCRIBED]) == 0
+    assert "give a sample of them" in capsys.readouterr().out
+
+
+def test_a_description_that_does_not_fit_is_refused_in_one_line(adapters, tmp_path, capsys):
+    model = tiny_models.write_model(tmp_path / "moe", "qwen3_moe")
+    described = ["plan", "--base-model", str(model), "--adapters-expected", "9", "--adapter-rank", "8"]
+    assert main([*described, "--target-modules", "q_proj,experts"]) == 2
+    line = one_error_line(capsys)
+    assert "no linear layers named experts" in line and "k_proj, o_proj" in line and "cannot be compressed" in line
+    assert main(described) == 2
+    assert "--target-modules is missing" in one_error_line(capsys)
+    assert main([*described, "--target-modules", "q_proj", "--max-error", "0.5"]) == 2
+    assert "give a sample of them" in one_error_line(capsys)
+    assert main(["plan", str(adapters), "--adapter-rank", "8"]) == 2
+    assert "describe adapters where none is given" in one_error_line(capsys)
+    assert main(["plan", str(adapters), "--base-model", str(tmp_path / "nothing")]) == 2
+    assert "no causal language model" in one_error_line(capsys)
+
+
+def test_a_plot_shows_device_memory_over_adapters(adapters, tmp_path, capsys):
+    assert main(["plan", str(adapters), "--device-memory", "8GiB", "--plot", str(tmp_path / "plan.svg")]) == 0
+    drawn = (tmp_path / "plan.svg").read_text()
+    assert "GiB on the device" in drawn and "plain LoRA slots of rank 4" in drawn and "adapters in a cluster" in drawn
 
 
 def test_an_error_budget_is_in_the_command_and_the_table_is_readable(adapters, capsys):

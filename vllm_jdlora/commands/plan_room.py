@@ -1,0 +1,123 @@
+"""Rows of a plan: what one rank and number of clusters takes on disk, on the host and on the device, and what fits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_jdlora.jd.budget import Sizes
+from vllm_jdlora.serving.device_bytes import DeviceBytes, wrapped_modules
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is to place, and where.
+
+    Attributes:
+        sizes: of the collection as it is stored.
+        device: what a worker allocates for it.
+        adapter_rank: of the uncompressed adapters.
+        memory: of the device for adapters, in bytes.
+        expected: how many adapters there will be; with more of them, as many in a cluster as now.
+    """
+
+    sizes: Sizes
+    device: DeviceBytes
+    adapter_rank: int
+    memory: int | None = None
+    expected: int | None = None
+
+    @property
+    def plain_slot(self) -> int:
+        """Of vLLM's own multi-LoRA."""
+        return self.device.stock_slot(self.adapter_rank)
+
+    def row(self, clusters: int, rank: int) -> dict[str, Any]:
+        """All bytes of one rank and number of clusters."""
+        sizes, device, n = self.sizes, self.device, self.sizes.n
+        row: dict[str, Any] = {
+            "rank": rank,
+            "clusters": clusters,
+            "bytes": {
+                "disk": {
+                    "bases": sizes.bases(clusters, rank),
+                    "each_adapter": sizes.scaling(rank),
+                    "total": sizes.total(clusters, rank),
+                },
+                "host": n * sizes.scaling(rank),
+                "device": {
+                    "bases": device.bases(clusters, rank),
+                    "each_adapter": device.scaling(rank),
+                    "plain_slots": device.plain_slots(rank),
+                    "total": device.total(clusters, rank, n),
+                },
+            },
+        }
+        if self.expected is not None:
+            grown = self._grown(clusters, self.expected)
+            row["expected"] = {
+                "clusters": grown,
+                "disk": sizes.bases(grown, rank) + self.expected * sizes.scaling(rank),
+                "host": self.expected * sizes.scaling(rank),
+                "device": device.total(grown, rank, self.expected),
+                "plain_slots": self.expected * self.plain_slot,
+            }
+        if self.memory is not None:
+            row["fit"] = {
+                "at_this_error": self._fit(clusters, rank),
+                "on_these_bases": max(0, self.memory - device.total(clusters, rank, 0)) // device.scaling(rank),
+                "plain_slots": self.memory // self.plain_slot,
+            }
+        return row
+
+    def device_for(self, adapters: int, clusters: int, rank: int) -> int:
+        """Device bytes when there are so many adapters and as many in a cluster as now."""
+        return self.device.total(self._grown(clusters, adapters), rank, adapters)
+
+    def _grown(self, clusters: int, adapters: int) -> int:
+        return math.ceil(clusters * adapters / self.sizes.n)
+
+    def _fit(self, clusters: int, rank: int) -> int:
+        """The most adapters that fit with as many in a cluster as now."""
+        assert self.memory is not None
+        low, high = 0, 1 + self.memory // self.device.scaling(rank)
+        while low < high - 1:  # low fits (or is nothing), high does not
+            middle = (low + high) // 2
+            fits = self.device_for(middle, clusters, rank) <= self.memory
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+
+def room_of(
+    args: argparse.Namespace, sizes: Sizes, shapes: Mapping[str, tuple[int, int]], adapter_rank: int
+) -> tuple[Room, dict[str, Any]]:
+    """Where things go, and what every plan says of it."""
+    from vllm_jdlora.commands.plan_model import linear_layers
+
+    modules, unknown = wrapped_modules(shapes, linear_layers(args.base_model) if args.base_model else None)
+    # Where a collection is wider than a GPU's adapters, they are served in 16 bits.
+    wide = args.dtype == "fp32" and args.device == "cpu"
+    device = DeviceBytes(
+        tuple(modules),
+        device=args.device,
+        dtype=torch.float32 if wide else torch.bfloat16,
+        diagonal=sizes.diagonal,
+        base_bits=args.jd_base_bits,
+        max_loras=args.max_loras,
+        max_lora_rank=args.max_lora_rank,
+    )
+    room = Room(sizes, device, adapter_rank, args.device_memory, args.adapters_expected)
+    return room, {
+        "adapter_rank": adapter_rank,
+        "slices": len(shapes),
+        "wrapped_modules": len(modules),
+        "unknown_slices": unknown,
+        "device": args.device,
+        "device_memory": args.device_memory,
+        "adapters_expected": args.adapters_expected,
+    }

@@ -1,0 +1,154 @@
+"""Bytes that a worker allocates on its device for adapters, from shapes alone: no vLLM, no engine.
+
+What is counted are the buffers that vLLM's LoRA layers and this package allocate when the model is loaded: bases, slots
+of plain adapters, and Σ. Scratch and the plan of a step are not: they grow with the tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.serving.options import buffer_rank
+
+_PACKED = {
+    part: (module, parts)
+    for module, parts in (
+        ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("gate_up_proj", ("gate_proj", "up_proj")),
+    )
+    for part in parts
+}
+"""What vLLM makes one module of, if the parts lie in one parent."""
+_OF_ONE_SIZE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
+_SCALE, _WIDE = 4, 4  # bytes of the scale of a direction in 8 bits, and of a number in fp32
+
+
+@dataclass(frozen=True)
+class WrappedModule:
+    """A linear layer with LoRA as vLLM makes it: one input, the outputs of its slices."""
+
+    d_in: int
+    widths: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        """Of all slices' A and B for each rank."""
+        return len(self.widths) * self.d_in + sum(self.widths)
+
+
+def wrapped_modules(
+    targets: Mapping[str, tuple[int, int]], model: Mapping[str, tuple[int, int]] | None = None
+) -> tuple[list[WrappedModule], list[str]]:
+    """The modules that vLLM wraps for these targets, with slices that no adapter changes but that buffers have.
+
+    Args:
+        targets: name → (d_out, d_in) of each slice that adapters change.
+        model: the same of every linear layer of the model. Without it a slice beside the targets is taken to have
+            the size of its twin (k of v, gate of up), and only layers with targets are counted.
+
+    Returns:
+        The modules, and names of slices whose size could not be told, which are left out.
+    """
+    shapes = dict(model or {}) | dict(targets)
+    suffixes = {name.rpartition(".")[2] for name in targets}
+    modules: dict[str, WrappedModule] = {}
+    unknown: list[str] = []
+    for name in shapes:
+        parent, _, leaf = name.rpartition(".")
+        module, parts = _PACKED.get(leaf, (leaf, (leaf,)))
+        key = f"{parent}.{module}"
+        if key in modules or not suffixes & set(parts):
+            continue
+        found = [shapes.get(f"{parent}.{part}") or shapes.get(f"{parent}.{_OF_ONE_SIZE.get(part)}") for part in parts]
+        unknown += [f"{parent}.{part}" for part, shape in zip(parts, found, strict=True) if shape is None]
+        known = [shape for shape in found if shape is not None]
+        modules[key] = WrappedModule(known[0][1], tuple(d_out for d_out, _ in known))
+    return list(modules.values()), unknown
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """What one worker allocates, without tensor parallelism.
+
+    Attributes:
+        modules: what vLLM wraps.
+        device: ``cuda`` or ``cpu``, whose buffers differ.
+        dtype: of the model, in which bases and plain adapters are kept; Σ as well on CUDA.
+        diagonal: JD-Diag's Σ.
+        base_bits: 8 for bases as a quantised collection stores them (``--jd-base-bits``).
+        max_loras: slots of plain adapters (``--max-loras``).
+        max_lora_rank: least width of the buffers (``--max-lora-rank``).
+    """
+
+    modules: tuple[WrappedModule, ...]
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    diagonal: bool = False
+    base_bits: int = 16
+    max_loras: int = 1
+    max_lora_rank: int = 16
+
+    def __post_init__(self) -> None:
+        if self.device == "cpu" and self.base_bits == 8:
+            raise JDLoRAError("bases of 8 bits are for CUDA: the CPU kernel reads wide ones")
+        if self.device == "cuda" and self.dtype == torch.float32:
+            raise JDLoRAError("adapters on CUDA are fp16 or bf16, not fp32")
+
+    def width(self, rank: int) -> int:
+        """Rank of the buffers for bases of this rank."""
+        return buffer_rank(max(rank, self.max_lora_rank))
+
+    def bases(self, clusters: int, rank: int) -> int:
+        """Buffers of so many clusters."""
+        width = self.width(rank)
+        if self.device == "cpu":
+            return clusters * self._stream(width)
+        if self.base_bits == 8:
+            scales = 2 * _SCALE * sum(len(m.widths) for m in self.modules)
+            return clusters * width * (sum(m.numbers for m in self.modules) + scales)
+        return clusters * self._lora(width)
+
+    def plain_slots(self, rank: int) -> int:
+        """Buffers of plain adapters beside bases of this rank."""
+        width = self.width(rank)
+        if self.device == "cuda":
+            return self.max_loras * self._lora(width)
+        # One slot in fp32, through which vLLM writes all others.
+        stage = _WIDE * width * sum(m.numbers for m in self.modules)
+        return self.max_loras * self._stream(width) + stage
+
+    def scaling(self, rank: int) -> int:
+        """Σ of one adapter."""
+        width = self.width(rank)
+        number = _WIDE if self.device == "cpu" else self.dtype.itemsize
+        return number * sum(len(m.widths) for m in self.modules) * (width if self.diagonal else width**2)
+
+    def total(self, clusters: int, rank: int, resident: int) -> int:
+        """Everything, with the Σ of ``resident`` adapters and the identity that plain ones pass through."""
+        return self.bases(clusters, rank) + self.plain_slots(rank) + (resident + 1) * self.scaling(rank)
+
+    def stock_slot(self, rank: int) -> int:
+        """A slot of vLLM's own multi-LoRA for adapters of this rank; the identity of one buffer for another."""
+        return self.dtype.itemsize * buffer_rank(rank) * sum(m.numbers for m in self.modules)
+
+    def _lora(self, width: int) -> int:
+        return self.dtype.itemsize * width * sum(m.numbers for m in self.modules)
+
+    def _stream(self, width: int) -> int:
+        return sum(_stream_bytes(m, width, self.dtype) for m in self.modules)
+
+
+@cache
+def _stream_bytes(module: WrappedModule, rank: int, dtype: torch.dtype) -> int:
+    """One cluster of one module as the CPU kernel reads it."""
+    from vllm_jdlora.kernels.cpu_grouped import stream_shapes
+    from vllm_jdlora.kernels.cpu_tiles import Form
+
+    form = Form.here(torch.float32 if dtype == torch.float16 else dtype)
+    v, u = stream_shapes(module.widths, module.d_in, rank, form)
+    return form.stored.itemsize * sum(torch.Size(shape).numel() for shape in (v, *u))
