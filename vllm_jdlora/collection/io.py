@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_jdlora.adapter import WEIGHTS_FILE, content_digest, file_digest
+from vllm_jdlora.adapter import WEIGHTS_FILE
+from vllm_jdlora.collection.content_check import check_content
 from vllm_jdlora.collection.quantize import dequantized
 from vllm_jdlora.collection.schema import (
     BASES_FILE,
@@ -76,7 +77,7 @@ class Collection:
         collection = cls(path.absolute(), manifest)
         collection._check_layout()
         if verify:
-            collection._check_content()
+            check_content(collection.path, manifest)
         return collection
 
     # --- reading --------------------------------------------------------------------------------------------------
@@ -212,20 +213,6 @@ class Collection:
                     raise JDLoRAError(
                         f"{file}: {key} is {part.get_dtype()} {part.get_shape()}, {MANIFEST_FILE} says {dtype} {shape}"
                     )
-
-    def _check_content(self) -> None:
-        for name, digest in self.manifest.files.items():
-            if file_digest(self.path / name) != digest:
-                raise JDLoRAError(f"{self.path / name}: was changed after it was written; compress the adapters again")
-            if name == ERRORS_FILE:
-                continue
-            with self._open(name) as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    if not bool(torch.isfinite(tensors.get_tensor(key).float()).all()):
-                        raise JDLoRAError(f"{self.path / name}: {key} holds NaN or infinity")
-        for entry in self.manifest.plain:
-            if content_digest(self.path / "plain" / entry.name) != entry.sha256:
-                raise JDLoRAError(f"{self.path / 'plain' / entry.name}: was changed after it was written")
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import starmap
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from vllm_jdlora.adapter import SliceShape, check_adapter_name
@@ -39,7 +41,7 @@ class BaseModel:
     fingerprint: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterEntry:
     """One compressed adapter; its place in the list is its row in the scalings.
 
@@ -129,14 +131,7 @@ class CollectionManifest:
             _require(part.d_out >= 1 and part.d_in >= 1, f"slice {part.name!a} has an empty shape")
             _require(part.name.isprintable() and part.name != "", f"{part.name!a:.80} is not a slice's name")
         _require(len({s.name for s in self.slices}) == len(self.slices), "two slices have one name")
-        names = [a.name for a in self.adapters] + [p.name for p in self.plain]
-        for name in names:
-            check_adapter_name(name)
-        _require(len(set(names)) == len(names), "two adapters have one name")
-        for entry in self.adapters:
-            _require(0 <= entry.cluster < self.clusters, f"adapter {entry.name} is in cluster {entry.cluster}")
-            for error in (entry.relative_error, entry.output_error or 0.0):
-                _require(math.isfinite(error) and error >= 0, f"adapter {entry.name} has the error {error}")
+        self._check_adapters()
         for file, digest in self.files.items():
             _require(bool(_FILE_NAME.fullmatch(file)), f"{file!r} is not a file of a collection")
             _require(bool(_DIGEST.fullmatch(digest)), f"the digest of {file} is not a SHA-256")
@@ -144,15 +139,57 @@ class CollectionManifest:
             _require(file in self.files, f"{file} is not listed")
         if not self.revision:
             object.__setattr__(self, "revision", self._digest())
-        _require(self.revision == self._digest(), "the revision does not belong to its content")
+
+    def _check_adapters(self) -> None:
+        names = [a.name for a in self.adapters] + [p.name for p in self.plain]
+        for name in names:
+            check_adapter_name(name)
+        _require(len(set(names)) == len(names), "two adapters have one name")
+        # Of all at once, and one by one only to say which it is: there may be a hundred thousand.
+        clusters = [a.cluster for a in self.adapters]
+        if min(clusters) < 0 or max(clusters) >= self.clusters:
+            entry = next(a for a in self.adapters if not 0 <= a.cluster < self.clusters)
+            raise JDLoRAError(f"adapter {entry.name} is in cluster {entry.cluster}")
+        for errors in ([a.relative_error for a in self.adapters], [a.output_error or 0.0 for a in self.adapters]):
+            if not all(map(math.isfinite, errors)) or min(errors) < 0:
+                row = next(i for i, error in enumerate(errors) if not math.isfinite(error) or error < 0)
+                raise JDLoRAError(f"adapter {self.adapters[row].name} has the error {errors[row]}")
+
+    def _content(self) -> dict[str, Any]:
+        """All but the revision, as JSON says it. ``asdict`` would copy every number."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "revision"}
+        lists = {name: _as_objects(kind, fields[name]) for name, kind in _LISTS.items()}
+        calibration = None if self.calibration is None else asdict(self.calibration)
+        return fields | lists | {"base_model": asdict(self.base_model), "calibration": calibration}
+
+    def shares_bases_with(self, other: CollectionManifest) -> bool:
+        """Whether Σ of either collection mean the same on the bases of the other: equal bases in an equal form."""
+        form = ("slices", "rank", "clusters", "method", "dtype", "quantize")
+        same_form = all(getattr(self, name) == getattr(other, name) for name in form)
+        return same_form and self.files[BASES_FILE] == other.files[BASES_FILE]
 
     def _digest(self) -> str:
-        content = asdict(self)
-        content.pop("revision")
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        return _digest_of(json.dumps(self._content(), sort_keys=True))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """A line for each field and for each item of a list; its digest can be taken without parsing it.
+
+        Raises:
+            JDLoRAError: the content was replaced and ``revision`` was not.
+        """
+        content = self._content() | {"revision": self.revision}
+        lines = (f"{json.dumps(key)}: {_as_lines(content[key])}" for key in sorted(content))
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        _require(self._is_digest_of(text), "the revision does not belong to its content")
+        return text
+
+    def _is_digest_of(self, text: str) -> bool:
+        """Whether the text, without line breaks and the revision, is what the revision is the digest of.
+
+        Strings in JSON hold neither line breaks nor bare quotation marks, so nothing but layout is taken away.
+        """
+        text = text.replace(",\n", ", ").replace("\n", "")
+        return self.revision == _digest_of(text.replace(f'"revision": "{self.revision}", ', "", 1))
 
     @classmethod
     def from_json(cls, text: str) -> CollectionManifest:
@@ -170,20 +207,26 @@ class CollectionManifest:
         # Before anything else: a later format may well have other fields.
         _require_format(raw.get("format_version"))
         _require(isinstance(raw.get("revision"), str) and raw["revision"], "there is no revision")
-        parts = {
-            "slices": SliceShape,
-            "adapters": AdapterEntry,
-            "plain": PlainEntry,
-            "skipped": SkippedEntry,
-        }
-        for field, kind in parts.items():
+        for field, kind in _LISTS.items():
             _require(isinstance(raw.get(field), list), f"{field} must be a list")
-            raw[field] = tuple(_entry(kind, item, field) for item in raw[field])
+            raw[field] = _entries(kind, raw[field], field)
         raw["base_model"] = _entry(BaseModel, raw.get("base_model"), "base_model")
         if raw.get("calibration") is not None:
             raw["calibration"] = _entry(Calibration, raw["calibration"], "calibration")
         _require(isinstance(raw.get("files"), dict), "files must be an object")
-        return _entry(cls, raw, "the manifest")
+        manifest: CollectionManifest = _entry(cls, raw, "the manifest")
+        # Other layouts, as those of older versions, say the same and take a little longer to compare.
+        sealed = manifest._is_digest_of(text) or manifest.revision == manifest._digest()
+        _require(sealed, "the revision does not belong to its content")
+        return manifest
+
+
+_LISTS: Mapping[str, Any] = {
+    "slices": SliceShape,
+    "adapters": AdapterEntry,
+    "plain": PlainEntry,
+    "skipped": SkippedEntry,
+}
 
 
 def _require_format(version: object) -> None:
@@ -203,6 +246,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+def _entries(kind: Any, items: list[Any], where: str) -> tuple[Any, ...]:
+    """One of `kind` for each item. Items that are as they should be are told by columns, not one by one."""
+    fields = kind.__dataclass_fields__
+    if all(type(item) is dict for item in items) and all(set(k) == set(fields) for k in set(map(tuple, items))):
+        found = ((_allowed(field), set(map(type, map(itemgetter(name), items)))) for name, field in fields.items())
+        if all(types.issubset(allowed) for allowed, types in found):
+            return tuple(starmap(kind, map(itemgetter(*fields), items)))
+    return tuple(_entry(kind, item, where) for item in items)
+
+
 def _entry(kind: Any, raw: Any, where: str) -> Any:
     _require(isinstance(raw, dict), f"{where} must hold JSON objects")
     fields = kind.__dataclass_fields__
@@ -212,14 +265,34 @@ def _entry(kind: Any, raw: Any, where: str) -> Any:
         if name not in raw:
             _require(field.default is not field.default_factory, f"{where} lacks {name!r}")
             continue
-        expected = _TYPES.get(getattr(field.type, "__name__", field.type))
+        expected = _allowed(field)
         value = raw[name]
         if expected and (not isinstance(value, expected) or isinstance(value, bool)):
             raise JDLoRAError(f"{where}: {name} is {value!r:.60}")
     try:
         return kind(**raw)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise JDLoRAError(f"{where} is incomplete or of the wrong types ({error})") from error
+
+
+def _allowed(field: Any) -> tuple[type, ...]:
+    """The types that JSON may give for a field; none where it is built of others."""
+    return _TYPES.get(getattr(field.type, "__name__", field.type), ())
+
+
+def _as_objects(kind: Any, entries: Iterable[Any]) -> list[dict[str, Any]]:
+    names = tuple(kind.__dataclass_fields__)
+    return [dict(zip(names, values, strict=True)) for values in map(attrgetter(*names), entries)]
+
+
+def _as_lines(value: Any) -> str:
+    if not isinstance(value, list) or not value:
+        return json.dumps(value, sort_keys=True)
+    return "[\n" + ",\n".join(json.dumps(item, sort_keys=True) for item in value) + "\n]"
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _require(condition: bool, problem: str) -> None:
