@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-cpu-grouped gpu-check clean
+.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-scale bench-cpu-grouped gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -52,6 +52,9 @@ bench-cpu-grouped: setup  ## the CPU kernel beside other forms of the same linea
 
 bench-mapping: setup  ## what a step's LoRA metadata costs in a worker, ours beside stock vLLM's
 	$(BIN)/python loadtests/bench_mapping.py
+
+bench-scale: setup  ## does a server cost more when it knows 100,000 adapters and not 100: start, memory, speed (SCALE=flags)
+	$(BIN)/python loadtests/bench_scale.py --plot $(SCALE)
 
 gpu-check:  ## on a machine with a GPU: are the kernels right, and how fast; needs torch and triton only
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) kernels/gpu_check.py

@@ -2,14 +2,16 @@
 
 Throughput does not depend on what the weights are. Bases are random orthonormal columns, Σ and the adapters' B are so
 small that answers stay those of the base model. Nothing was compressed, so the errors in these manifests are zero
-by definition (an adapter *is* UΣV) and say nothing about compression.
+by definition (an adapter *is* UΣV) and say nothing about compression. Σ are streamed to the disk: those of 100,000
+adapters are gigabytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +21,16 @@ from torch import Tensor
 from vllm_jdlora.adapter import WEIGHTS_FILE, SliceShape, file_digest
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.io import written_atomically
-from vllm_jdlora.collection.rewrite import write_new
-from vllm_jdlora.collection.schema import MANIFEST_FILE, AdapterEntry, BaseModel
+from vllm_jdlora.collection.rewrite import Draft
+from vllm_jdlora.collection.schema import MANIFEST_FILE, AdapterEntry, BaseModel, CollectionManifest, scalings_file
+from vllm_jdlora.collection.stream import write_streamed
 from vllm_jdlora.peft_config import CONFIG_FILE
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 LINEAR = (*ATTENTION, "o_proj", "gate_proj", "up_proj", "down_proj")
 _SCALE = 1e-4
+_SHARD_BYTES, _PIECE_BYTES = 1 << 30, 1 << 26
+_OFFSETS = 1 << 22
 
 
 def model_slices(model: Path, targets: Sequence[str]) -> list[SliceShape]:
@@ -68,7 +73,6 @@ def write_collection(
         return torch.stack([shared[size].roll(shift, 0) for shift in shifts]).bfloat16()
 
     bases = [(basis(part.d_out), basis(part.d_in).mT.contiguous()) for part in slices]
-    sigma = (_SCALE * torch.randn(adapters, len(slices), rank, rank, generator=random)).bfloat16()
     members = torch.randint(clusters, (adapters,), generator=random).tolist()
     numbers = rank * sum(s.d_out + s.d_in for s in slices)
     entries = [
@@ -84,17 +88,54 @@ def write_collection(
         for i, cluster in enumerate(members)
     ]
     with written_atomically(output, MANIFEST_FILE) as folder:
-        write_new(
-            folder,
-            base_model=BaseModel(model.name, file_digest(model / "config.json")),
-            dtype="bf16",
-            slices=slices,
-            bases=bases,
-            sigma=sigma,
-            slice_errors=torch.zeros(adapters, len(slices)),
-            adapters=entries,
+        draft = Draft(folder, None, in_place=False)
+        draft.bases(slices, bases, "none")
+        draft.files |= _write_scalings(folder, adapters, (len(slices), rank, rank), random)
+        draft.errors(torch.zeros(adapters, len(slices)))
+        draft.seal(
+            CollectionManifest(
+                base_model=BaseModel(model.name, file_digest(model / "config.json")),
+                method="full",
+                rank=rank,
+                clusters=clusters,
+                metric="frobenius",
+                dtype="bf16",
+                seed=seed,
+                slices=tuple(slices),
+                adapters=tuple(entries),
+                plain=(),
+                skipped=(),
+                files=draft.files,
+            )
         )
     return Collection.open(output, verify=False)
+
+
+def _write_scalings(
+    folder: Path, adapters: int, shape: tuple[int, int, int], random: torch.Generator
+) -> dict[str, str]:
+    """Shards of Σ [n, *shape]; file → SHA-256. Each adapter is a window of one random sequence, at a place of its own:
+    numbers for each would take minutes."""
+    if adapters > _OFFSETS:
+        raise ValueError(f"at most {_OFFSETS} adapters differ")
+    numbers = math.prod(shape)
+    sequence = (_SCALE * torch.randn(_OFFSETS + numbers, generator=random)).bfloat16()
+    windows = sequence.unfold(0, numbers, 1)
+    places = torch.randperm(_OFFSETS, generator=random)[:adapters]
+    row_bytes = numbers * sequence.element_size()
+    shard, piece = (max(1, limit // row_bytes) for limit in (_SHARD_BYTES, _PIECE_BYTES))
+
+    def rows(begin: int, end: int) -> Iterator[Tensor]:
+        for at in range(begin, end, piece):
+            yield torch.stack([windows[place] for place in places[at : min(end, at + piece)].tolist()])
+
+    files = {}
+    for number, begin in enumerate(range(0, adapters, shard)):
+        end = min(adapters, begin + shard)
+        name = scalings_file(number)
+        layout = {"sigma": (sequence.dtype, (end - begin, *shape))}
+        files[name] = write_streamed(folder / name, layout, rows(begin, end))
+    return files
 
 
 def write_adapters(

@@ -61,6 +61,22 @@ def test_the_same_seed_writes_the_same_collection(tmp_path, model):
     assert one.manifest.revision == two.manifest.revision != other.manifest.revision
 
 
+def test_many_adapters_are_written_in_pieces_and_shards_and_no_two_are_equal(tmp_path, model, monkeypatch):
+    import synthetic_collections
+    from synthetic_collections import ATTENTION, write_collection
+
+    row = 3 * LAYERS * 4 * 4 * 2
+    whole = write_collection(tmp_path / "whole", model, ATTENTION, adapters=11, clusters=2, rank=4)
+    monkeypatch.setattr(synthetic_collections, "_SHARD_BYTES", 4 * row)
+    monkeypatch.setattr(synthetic_collections, "_PIECE_BYTES", 3 * row)
+    write_collection(tmp_path / "c", model, ATTENTION, adapters=11, clusters=2, rank=4)
+    cut = Collection.open(tmp_path / "c", verify=True)
+    assert len([name for name in cut.manifest.files if name.startswith("scalings")]) == 3
+    sigma = torch.stack([cut.sigma(i) for i in range(11)])
+    assert torch.equal(sigma, torch.stack([whole.sigma(i) for i in range(11)]))
+    assert len(torch.unique(sigma.float().flatten(1), dim=0)) == 11 and sigma.float().std() < 1e-3
+
+
 def test_adapters_are_read_as_peft_folders_of_the_model(tmp_path, model):
     from synthetic_collections import ATTENTION, write_adapters
 
