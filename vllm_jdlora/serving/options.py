@@ -26,6 +26,9 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 SCALING_BYTES = 2 << 30
 """Device memory that Σ slots take at most when ``--jd-scaling-slots`` is not given."""
 
+AGE_CAP = 2.0
+"""Seconds that a request waits for a slot at most while younger ones take it."""
+
 PATH_SCHEME = "jd://"
 
 
@@ -44,6 +47,8 @@ class ServingOptions:
             until resolved, then all.
         arrivals: absolute folder of adapters that came while the server ran, see :mod:`.arrivals`; empty until
             resolved.
+        age_cap: seconds after which a request that waits for a slot gets the next one, see :mod:`.admission`.
+        cluster_order: where base slots are scarce, requests whose cluster's bases are on the device go first.
     """
 
     collection: str
@@ -54,6 +59,8 @@ class ServingOptions:
     base_bits: int = 16
     base_slots: int | None = None
     arrivals: str = ""
+    age_cap: float = AGE_CAP
+    cluster_order: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.collection, str) or not self.collection:
@@ -66,6 +73,8 @@ class ServingOptions:
             raise JDLoRAError(f"max_error is a relative error between 0 and 1, not {self.max_error!r}")
         if self.base_bits not in (8, 16):
             raise JDLoRAError(f"base_bits is 8 or 16, not {self.base_bits!r}")
+        if not float(self.age_cap) >= 0:
+            raise JDLoRAError(f"age_cap is a number of seconds from 0, not {self.age_cap!r}")
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServingOptions | None:
