@@ -35,16 +35,16 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from vllm_jdlora.kernels.cpu_grouped import TokenGroups
 from vllm_jdlora.kernels.token_tiles import TokenTiles
-from vllm_jdlora.serving.adapter_directory import AdapterDirectory
+from vllm_jdlora.serving.collection_revisions import CollectionRevisions
 from vllm_jdlora.serving.manager import JDLoRAModelManager
 from vllm_jdlora.serving.options import AdapterPath
-from vllm_jdlora.serving.scaling_slots import ScalingSlots
-from vllm_jdlora.serving.step_planner import StepPlanner
+from vllm_jdlora.serving.scaling_buffer import ScalingBuffer
 from vllm_jdlora.serving.step_requests import take_over
 from vllm_jdlora.serving.worker_manager import JDWorkerLoRAManager
 
 RESULTS = Path(__file__).parent / "results" / "bench_mapping.jsonl"
 MOST_TOKENS, MOST_SEQUENCES, CLUSTERS = 8192, 256, 8
+RANK, REVISION = 8, "r"
 KNOWN = (8, 256, 100_000)
 
 
@@ -81,16 +81,26 @@ class Batch(InputBatch):
 
 def our_runner(requests: list[LoRARequest], plan: Callable[[np.ndarray, np.ndarray], Any]) -> LoRAModelRunnerMixin:
     """A runner that knows these adapters; those that a batch can have are resident."""
-    slots = ScalingSlots(min(len(requests), MOST_SEQUENCES), len(requests))
-    directory = AdapterDirectory([i % CLUSTERS for i in range(len(requests))], slots)
+    entries = [SimpleNamespace(cluster=i % CLUSTERS) for i in range(len(requests))]
+    collection: Any = SimpleNamespace(
+        manifest=SimpleNamespace(rank=RANK, clusters=CLUSTERS, revision=REVISION, adapters=entries),
+        sigma=lambda adapter: torch.zeros(1, RANK, RANK),
+        index_of={request.lora_name: i for i, request in enumerate(requests)}.__getitem__,
+    )
+    slots = min(len(requests), MOST_SEQUENCES)
+    scalings = ScalingBuffer(slots, 1, RANK, diagonal=False, dtype=torch.float32, device="cpu")
+    layout: Any = SimpleNamespace(order=torch.tensor([0]), covered=torch.tensor([0]))
+    scalings.lay_out(layout, RANK)
     manager = JDLoRAModelManager.__new__(JDLoRAModelManager)
-    manager._slots, manager._directory, manager._dummies = slots, directory, set()
     punica: Any = SimpleNamespace(update_tokens=plan)
-    manager._planner = StepPlanner(directory, slots, punica, manager._place_of_other)
+    manager._punica = punica
+    manager._set_up(CollectionRevisions(collection), scalings, CLUSTERS)
     for adapter, request in enumerate(requests):
-        directory.bind(request, adapter)
+        path = AdapterPath.parse(request.lora_path)
+        assert path is not None
+        manager.compressed.directory.bind(request, manager.compressed.revisions.adapter(path))
         if adapter < MOST_SEQUENCES:
-            slots.occupy(adapter, slots.victim())
+            manager.compressed.activate(request.lora_int_id)
     runner = LoRAModelRunnerMixin()
     runner.lora_manager = JDWorkerLoRAManager.__new__(JDWorkerLoRAManager)
     runner.lora_manager._adapter_manager = manager
@@ -141,7 +151,8 @@ def main() -> None:
     tiles = TokenTiles(MOST_TOKENS, CLUSTERS, "cpu")
     rows = []
     for known in KNOWN:
-        requests = [LoRARequest(f"a{i}", i + 1, str(AdapterPath("r", 0, f"a{i}"))) for i in range(known)]
+        paths = [AdapterPath(REVISION, i % CLUSTERS, f"a{i}") for i in range(known)]
+        requests = [LoRARequest(path.name, i + 1, str(path)) for i, path in enumerate(paths)]
         for step in track(STEPS, description=f"{known:,} known adapters"):
             served = requests[: min(MOST_SEQUENCES, step.sequences)]
             for side, runner, repeats in (

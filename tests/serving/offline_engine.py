@@ -33,6 +33,62 @@ def decode_while_an_adapter_is_loaded(engine, spec, params, requests) -> list[di
     return [as_json(finished[str(i)]) for i in spec["interrupted"]]
 
 
+def decode_while_a_revision_is_loaded(llm, spec, params) -> list[dict]:
+    """Requests of one revision decode; between two steps another one is loaded, and requests of it join them."""
+    from vllm_jdlora.collection import Collection
+
+    engine = llm.llm_engine
+    finished = {}
+
+    def ask(first: int, collection: str, lora_ids_from: int) -> None:
+        requests = requests_of(Collection.open(collection), lora_ids_from)
+        for i, place in enumerate(spec["interrupted"]):
+            prompt = {"prompt_token_ids": spec["prompts"][place]}
+            engine.add_request(str(first + i), prompt, params, lora_request=requests[spec["who"][place]])
+
+    ask(0, spec["jdlora"]["collection"], 1000)
+    for step in range(40):
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = output
+        if step == 3:
+            load(llm, spec["revision"])
+            ask(len(spec["interrupted"]), spec["revision"], 2000)
+    return [as_json(finished[str(i)]) for i in range(2 * len(spec["interrupted"]))]
+
+
+def load(llm, folder: str) -> list[dict]:
+    from vllm_jdlora.collection import Collection
+
+    return llm.collective_rpc("jdlora_load_collection", args=(folder, Collection.open(folder).manifest.revision))
+
+
+def replace_bases(llm, spec, generate) -> dict:
+    """Nothing runs. Collections that fit are served, one that does not is refused and changes nothing."""
+    from vllm_jdlora.collection import Collection
+    from vllm_jdlora.errors import JDLoRAError
+
+    result: dict = {"answers": []}
+    for i, folder in enumerate(spec["other_bases"]):
+        result["loaded"] = load(llm, folder)
+        result["answers"].append(generate(requests_of(Collection.open(folder), 3000 + 100 * i)))
+    try:
+        load(llm, spec["unfit"])
+    except JDLoRAError as error:
+        result["refusal"] = str(error)
+    result["answers"].append(generate(requests_of(Collection.open(folder), 4000)))
+    return result
+
+
+def requests_of(collection, lora_ids_from: int) -> dict:
+    from vllm_jdlora.serving.requests import lora_requests
+
+    return {
+        name: type(request)(name, lora_ids_from + request.lora_int_id, request.lora_path)
+        for name, request in lora_requests(collection).items()
+    }
+
+
 def main() -> None:
     spec = json.load(sys.stdin)
     options = spec["options"]
@@ -63,15 +119,24 @@ def main() -> None:
     first = len(requests) + 1
     requests |= {n: LoRARequest(n, first + i, path) for i, (n, path) in enumerate(spec["plain"].items())}
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=1, detokenize=False, ignore_eos=True)
-    answers = llm.generate(
-        [{"prompt_token_ids": p} for p in spec["prompts"]],
-        params,
-        lora_request=[requests.get(name) for name in spec["who"]],
-        use_tqdm=False,
-    )
-    result = {"answers": [as_json(a) for a in answers], "statistics": llm.collective_rpc("jdlora_statistics")}
+
+    def generate(requests) -> list[dict]:
+        answers = llm.generate(
+            [{"prompt_token_ids": p} for p in spec["prompts"]],
+            params,
+            lora_request=[requests.get(name) for name in spec["who"]],
+            use_tqdm=False,
+        )
+        return [as_json(a) for a in answers]
+
+    result = {"answers": generate(requests), "statistics": llm.collective_rpc("jdlora_statistics")}
     if "intruder" in spec:
         result["interrupted"] = decode_while_an_adapter_is_loaded(llm.llm_engine, spec, params, requests)
+    if "revision" in spec:
+        result["revisions"] = decode_while_a_revision_is_loaded(llm, spec, params)
+        plain = {name: requests[name] for name in spec["plain"]}
+        result["replaced"] = replace_bases(llm, spec, lambda compressed: generate(compressed | plain))
+        result["statistics"] = llm.collective_rpc("jdlora_statistics")
     print(f"\n{MARK}{json.dumps(result)}", flush=True)
 
 

@@ -30,7 +30,7 @@ from vllm_jdlora.collection.io import QuantizedBasis
 from vllm_jdlora.collection.quantize import STORED, dequantized, quantized
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels import reference
-from vllm_jdlora.serving.manager import JDLoRAModelManager
+from vllm_jdlora.serving.base_loading import BaseReader
 from vllm_jdlora.serving.punica_gpu import JDPunicaGPU
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -136,13 +136,13 @@ def serve(
     )
     layer.set_mapping(wrapper.for_layer(name, layer, sigma))
     if eight_bit:
-        manager = JDLoRAModelManager.__new__(JDLoRAModelManager)
         parts = packed or [name]
-        manager.modules, manager.packed_modules = {name: layer}, {name: packed} if packed else {}
-        manager._slices = SimpleNamespace(targets={part: f"the collection's {part}" for part in parts})
-        in_collection = dict(zip(manager._slices.targets.values(), stored, strict=True))
-        manager.collection = SimpleNamespace(quantized_basis=in_collection.__getitem__)
-        manager._load_bases_of_8_bits()
+        slices = SimpleNamespace(targets={part: f"the collection's {part}" for part in parts})
+        in_collection = dict(zip(slices.targets.values(), stored, strict=True))
+        manifest = SimpleNamespace(quantize=eight_bit)
+        reader = BaseReader(SimpleNamespace(manifest=manifest, quantized_basis=in_collection.__getitem__), slices)
+        for cluster in range(CLUSTERS):
+            reader.into_8_bits(cluster, cluster, {name: layer}, {name: packed} if packed else {})
     x = rand(MAX_TOKENS, d_in).to(DEVICE)
     served = SimpleNamespace(layer=layer, wrapper=wrapper, config=config, u=u, v=v, sigma=sigma, x=x, widths=widths)
     _alive.append(served)

@@ -13,7 +13,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 from vllm_jdlora.kernels.triton_widen import UNIT
 from vllm_jdlora.serving import engine_settings
-from vllm_jdlora.serving.eight_bit_loading import load_clusters
+from vllm_jdlora.serving.eight_bit_loading import load_cluster
 from vllm_jdlora.serving.options import ServingOptions
 
 CLUSTERS, RANK, BUFFER_RANK, D_IN, D_OUT = 2, 6, 8, 16, 12
@@ -51,19 +51,21 @@ def test_each_worker_gets_its_rows_and_their_scales(kind):
     wide = layer.lora_a_stacked, layer.lora_b_stacked
     bases = EightBitBases.beside(*wide, CLUSTERS, dtype)
     basis, u, v = stored(kind, 0)
-    load_clusters(layer, bases, [None, basis])  # the collection has nothing for the first slice
+    for cluster in range(CLUSTERS):  # the collection has nothing for the first slice; slots hold clusters in any order
+        load_cluster(layer, bases, [None, basis], cluster, CLUSTERS - 1 - cluster)
     assert (layer.lora_a_stacked, layer.lora_b_stacked) == wide
     assert not bases.v[0].float().any() and not bases.v_scale[:, 0].any()
     seen_v = bases.v[1][:, 0].float() * bases.v_scale[:, 1, :, None] / UNIT[dtype]
     seen_u = bases.u[1][:, 0].float() * bases.u_scale[:, 1, None, :] / UNIT[dtype]
     # Scales are multiplied with a power of two and back: to the bit. The buffers are wider than the collection.
+    v, u = v.flip(0), u.flip(0)
     assert torch.equal(seen_v[:, :2], v[:, 4:]) and not seen_v[:, 2:].any()
     assert torch.equal(seen_u[..., :RANK], u[:, D_OUT // 2 :]) and not seen_u[..., RANK:].any()
 
 
 def test_layers_that_the_collection_does_not_change_are_left_alone():
     layer = SimpleNamespace(n_slices=1)
-    load_clusters(layer, SimpleNamespace(clusters=3), [None])
+    load_cluster(layer, SimpleNamespace(clusters=3), [None], 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 Each engine runs in a process of its own (`python -m tests.serving.offline_engine`): one process takes one vLLM.
 """
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tests import reference, tiny_llama
 from tests.serving import offline_engine
 from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection.build import compress
+from vllm_jdlora.collection.edit import add
 
 pytestmark = pytest.mark.server
 
@@ -47,6 +51,31 @@ def served(tmp_path_factory):
     return model, collection.path, plain
 
 
+@pytest.fixture(scope="module")
+def later(served, tmp_path_factory):
+    """Collections that a running server may be given.
+
+    One on the same bases, where an adapter was replaced under its name; two on other bases, with more and with fewer
+    clusters and modules; one that does not fit.
+    """
+    _, collection, _ = served
+    root = tmp_path_factory.mktemp("later")
+    folders = [collection.parent / name for name in COMPRESSED[:3]]
+    same = root / "same"
+    shutil.copytree(collection, same)
+    changed = read_adapter(tiny_llama.write_adapter(root / "changed", 99))
+    add(same, [dataclasses.replace(changed, name=COMPRESSED[0])], replace_same_name=True, force=True)
+    adapters = [read_adapter(f) for f in folders]
+    adapters += [dataclasses.replace(changed, name=name) for name in COMPRESSED[3:]]
+    more = compress(adapters, root / "more", rank=6, clusters=3, quantize="int8").path
+    attention = [
+        read_adapter(tiny_llama.write_adapter(root / "attention" / name, 50 + i, targets=["q_proj", "v_proj"]))
+        for i, name in enumerate(COMPRESSED)
+    ]
+    fewer = compress(attention, root / "fewer", rank=8, clusters=1, dtype="fp32").path
+    return SimpleNamespace(same=same, other_bases=[more, fewer], unfit=collection.with_name("small"))
+
+
 def run_engine(served, **options) -> dict:
     model, collection, plain = served
     spec = {
@@ -56,7 +85,7 @@ def run_engine(served, **options) -> dict:
         "plain": {name: str(path) for name, path in plain.items()},
         "jdlora": {"collection": str(collection), **options.pop("jdlora", {})},
         "interrupted": INTERRUPTED,
-        **({"intruder": options.pop("intruder")} if "intruder" in options else {}),
+        **{name: options.pop(name) for name in ("intruder", "revision", "other_bases", "unfit") if name in options},
         "options": options,
     }
     result = subprocess.run(
@@ -72,10 +101,13 @@ def run_engine(served, **options) -> dict:
     return json.loads(answers[0].removeprefix(offline_engine.MARK))
 
 
-def check_against_merged_weights(served, answers: list[dict], places: Sequence[int] = range(len(WHO))) -> None:
+def check_against_merged_weights(
+    served, answers: list[dict], places: Sequence[int] = range(len(WHO)), collection: Path | None = None
+) -> None:
     from transformers import LlamaForCausalLM
 
-    model_path, collection, plain = served
+    model_path, first_collection, plain = served
+    collection = collection or first_collection
     model = LlamaForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     for place, answer in zip(places, answers, strict=True):
         name, prompt = WHO[place], PROMPTS[place]
@@ -99,6 +131,40 @@ def test_one_process_with_fewer_slots_than_adapters_equals_merged_weights(served
     assert out["statistics"][0]["wrapped_modules"] == 4 * tiny_llama.LAYERS  # no lm_head, no embeddings
     # vLLM's runner tells the manager requests, and a batch that goes on decoding is not planned again.
     assert 0 < out["statistics"][0]["plans"] < out["statistics"][0]["steps"]
+
+
+def test_with_one_base_slot_for_two_clusters_every_answer_equals_merged_weights(served):
+    out = run_engine(served, jdlora={"base_slots": 1}, max_loras=2)
+    check_against_merged_weights(served, out["answers"])
+    statistics = out["statistics"][0]
+    assert (statistics["clusters"], statistics["resident_bases"]) == (2, 1)
+    assert statistics["base_swaps"] > 1
+
+
+@pytest.mark.parametrize("base_slots", [None, 1])
+def test_collections_are_swapped_below_a_running_engine(served, later, base_slots):
+    """Requests keep the revision that they came with; other bases come into the same buffers, or nothing changes."""
+    out = run_engine(
+        served,
+        jdlora={"base_slots": base_slots, "scaling_slots": 3},
+        max_loras=2,
+        revision=str(later.same),
+        other_bases=[str(path) for path in later.other_bases],
+        unfit=str(later.unfit),
+    )
+    check_against_merged_weights(served, out["answers"])
+    before, after = out["revisions"][:3], out["revisions"][3:]
+    check_against_merged_weights(served, before, INTERRUPTED)
+    check_against_merged_weights(served, after, INTERRUPTED, later.same)
+    replaced = WHO[INTERRUPTED[0]] == COMPRESSED[0]
+    assert replaced and [a["tokens"] for a in before][:2] != [a["tokens"] for a in after][:2]
+    replaced = out["replaced"]
+    for answers, collection in zip(replaced["answers"], [*later.other_bases, later.other_bases[-1]], strict=True):
+        check_against_merged_weights(served, answers, collection=collection)
+    assert replaced["loaded"][0]["bases"] == "replaced"
+    assert "JD-diag" in replaced["refusal"] and "Nothing was changed; restart the server" in replaced["refusal"]
+    statistics = out["statistics"][0]
+    assert (statistics["revisions"], statistics["clusters"], statistics["known"]) == (1, 1, 5)
 
 
 def test_two_tensor_parallel_processes_equal_merged_weights_with_diagonal_scalings_and_bases_in_8_bits(served):

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import AdapterLRUCache
 from vllm.lora.request import LoRARequest
@@ -22,12 +23,12 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels.token_tiles import TokenTiles
-from vllm_jdlora.serving.adapter_directory import AdapterDirectory
-from vllm_jdlora.serving.manager import FIRST_BASE_ID, JDLoRAModelManager
+from vllm_jdlora.serving.bases_manager import FIRST_BASE_ID
+from vllm_jdlora.serving.collection_revisions import CollectionRevisions
+from vllm_jdlora.serving.manager import JDLoRAModelManager
 from vllm_jdlora.serving.options import AdapterPath
-from vllm_jdlora.serving.scaling_slots import ScalingSlots
-from vllm_jdlora.serving.step_planner import StepPlanner
-from vllm_jdlora.serving.step_requests import StepRequests, take_over
+from vllm_jdlora.serving.scaling_buffer import ScalingBuffer
+from vllm_jdlora.serving.step_requests import MOST_DUMMIES, StepRequests, take_over
 from vllm_jdlora.serving.worker_manager import JDWorkerLoRAManager
 
 CLUSTERS, PLAIN_SLOTS, SCALING_SLOTS, RANK = 3, 2, 5, 2
@@ -45,37 +46,45 @@ class Recorder:
         self.steps.append((token_base.tolist(), token_slot.tolist()))
 
 
-def compressed(adapter: int, lora_id: int | None = None, revision: str = "r") -> LoRARequest:
-    return LoRARequest(f"a{adapter}", lora_id or adapter + 1, str(AdapterPath(revision, 0, f"a{adapter}")))
+def compressed(adapter: int, lora_id: int | None = None, revision: str = "r", clusters: int = CLUSTERS) -> LoRARequest:
+    path = AdapterPath(revision, adapter % clusters, f"a{adapter}")
+    return LoRARequest(f"a{adapter}", lora_id or adapter + 1, str(path))
 
 
-def make_manager(adapters: int, clusters: int, scaling_slots: int, punica=None) -> JDLoRAModelManager:
-    """The manager without a model: every Σ of adapter i is filled with i; cluster of adapter i is i mod clusters."""
-    made = JDLoRAModelManager.__new__(JDLoRAModelManager)
+def collection_of(adapters: int, clusters: int, revision: str = "r") -> SimpleNamespace:
+    """Stands for an open collection: every Σ of adapter i is filled with i; cluster of adapter i is i mod clusters."""
     names = {f"a{i}": i for i in range(adapters)}
-    made.collection = SimpleNamespace(
-        manifest=SimpleNamespace(rank=RANK, clusters=clusters, revision="r", adapters=range(adapters)),
+    entries = [SimpleNamespace(cluster=i % clusters) for i in range(adapters)]
+    return SimpleNamespace(
+        manifest=SimpleNamespace(rank=RANK, clusters=clusters, revision=revision, adapters=entries),
         sigma=lambda adapter: torch.full((1, RANK, RANK), float(adapter)),
         index_of=names.__getitem__,
     )
-    made._slices = SimpleNamespace(order=torch.tensor([0]), covered=torch.tensor([0]))
-    made.sigma = torch.zeros(scaling_slots + 1, 1, RANK, RANK)
-    made._dummies = set()
-    made._clusters = made._lora_clusters = clusters
-    made._scaling_slots = made._identity_slot = scaling_slots
-    made._slots = ScalingSlots(scaling_slots, adapters)
-    made._directory = AdapterDirectory([i % clusters for i in range(adapters)], made._slots)
+
+
+def make_manager(
+    adapters: int, clusters: int, scaling_slots: int, punica=None, base_slots: int | None = None
+) -> JDLoRAModelManager:
+    """The manager without a model; ``written`` is what lies in its base slots."""
+    made = JDLoRAModelManager.__new__(JDLoRAModelManager)
+    base_slots = base_slots or clusters
     made._punica = punica or Recorder()
-    made._planner = StepPlanner(made._directory, made._slots, made._punica, made._place_of_other)
-    made.lora_config = SimpleNamespace(max_loras=clusters + PLAIN_SLOTS, fully_sharded_loras=False)
-    made.lora_index_to_id = [FIRST_BASE_ID + k for k in range(clusters)] + [None] * PLAIN_SLOTS
-    made._registered_adapters = AdapterLRUCache(clusters + PLAIN_SLOTS + 2, made.deactivate_adapter)
-    made._active_adapters = AdapterLRUCache(clusters + PLAIN_SLOTS, made._deactivate_adapter)
-    for lora_id in made.lora_index_to_id[:clusters]:
+    made._eight_bit, made._lora_bases = None, base_slots
+    scalings = ScalingBuffer(scaling_slots, 1, RANK, diagonal=False, dtype=torch.float32, device="cpu")
+    scalings.lay_out(SimpleNamespace(order=torch.tensor([0]), covered=torch.tensor([0])), RANK)
+    made._set_up(CollectionRevisions(collection_of(adapters, clusters)), scalings, base_slots)
+    made.lora_config = SimpleNamespace(max_loras=base_slots + PLAIN_SLOTS, fully_sharded_loras=False)
+    made.lora_index_to_id = [FIRST_BASE_ID + k for k in range(base_slots)] + [None] * PLAIN_SLOTS
+    made._registered_adapters = AdapterLRUCache(base_slots + PLAIN_SLOTS + 2, made.deactivate_adapter)
+    made._active_adapters = AdapterLRUCache(base_slots + PLAIN_SLOTS, made._deactivate_adapter)
+    for lora_id in made.lora_index_to_id[:base_slots]:
         made._registered_adapters[lora_id] = made._active_adapters[lora_id] = None
         made._registered_adapters.pin(lora_id)
         made._active_adapters.pin(lora_id)
     made.modules = {}
+    made.written = [-1] * base_slots
+    made._bases._write = lambda slot, cluster: made.written.__setitem__(slot, cluster) or 1
+    made._bases.load(clusters)
     return made
 
 
@@ -83,6 +92,12 @@ def make_worker(manager: JDLoRAModelManager) -> JDWorkerLoRAManager:
     worker = JDWorkerLoRAManager.__new__(JDWorkerLoRAManager)
     worker._adapter_manager = manager
     return worker
+
+
+def resident(manager: JDLoRAModelManager) -> set[int]:
+    """Numbers of the collection's adapters whose Σ lie in slots."""
+    directory, slots = manager.compressed.directory, manager.compressed.slots
+    return {int(directory.adapter(index).name[1:]) for index in range(100) if index in slots}
 
 
 def register_plain(manager: JDLoRAModelManager, lora_id: int) -> LoRARequest:
@@ -117,11 +132,12 @@ def check_by_token(manager: JDLoRAModelManager, rows: list[tuple[LoRARequest | N
                 assert (bases[token], slots[token]) == (-1, -1)
             elif request.lora_path.startswith("jd://"):
                 adapter = int(request.lora_name[1:])
-                assert bases[token] == adapter % manager._clusters
-                assert torch.equal(manager.sigma[slots[token]], torch.full((1, RANK, RANK), float(adapter)))
+                assert manager.written[bases[token]] == adapter % manager.collection.manifest.clusters
+                sigma = manager.compressed.scalings.sigma
+                assert torch.equal(sigma[slots[token]], torch.full((1, RANK, RANK), float(adapter)))
             else:
                 assert manager.lora_index_to_id[bases[token]] == request.lora_int_id
-                assert slots[token] == manager._identity_slot
+                assert slots[token] == manager.compressed.scalings.identity_slot
             token += 1
     assert token == len(bases) == len(slots)
 
@@ -140,9 +156,54 @@ def test_every_token_gets_base_and_slot_of_its_adapter_as_batches_come_and_go(ma
             check_by_token(manager, rows)
 
 
+@pytest.mark.parametrize("base_slots", [1, 2])
+def test_with_fewer_base_slots_than_clusters_every_token_still_gets_its_own_base(base_slots):
+    """Bases come and go below steps that repeat, that differ and that have plain adapters and the base model."""
+    rng = np.random.default_rng(1)
+    manager = make_manager(24, 6, SCALING_SLOTS, base_slots=base_slots)
+    worker = make_worker(manager)
+    plain = register_plain(manager, PLAIN_ID)
+    for _ in range(100):
+        clusters = rng.choice(6, base_slots, replace=False)
+        within = [compressed(int(c) + 6 * int(rng.integers(4)), clusters=6) for c in clusters for _ in range(2)]
+        rows = [(r, int(rng.integers(1, 4))) for r in [*within[: 2 * base_slots], plain, None]]
+        for _ in range(2):
+            worker.set_active_requests(step_of(rows))
+            check_by_token(manager, rows)
+        assert manager.statistics()["clusters_in_step"] == base_slots
+    assert manager.statistics()["base_swaps"] > base_slots
+    with pytest.raises(JDLoRAError, match="--jd-base-slots"):
+        worker.set_active_requests(step_of([(compressed(i, clusters=6), 1) for i in range(base_slots + 1)]))
+
+
+def test_bases_of_a_step_that_repeats_are_not_the_least_recently_used():
+    manager = make_manager(24, 6, SCALING_SLOTS, base_slots=2)
+    worker = make_worker(manager)
+    one, two, three = (step_of([(compressed(i, clusters=6), 1)]) for i in (0, 1, 2))
+    for step in (one, two, one, one, three):
+        worker.set_active_requests(step)
+    assert sorted(manager.written) == [0, 2]
+    swaps = manager.statistics()["base_swaps"]
+    worker.set_active_requests(one)
+    assert manager.statistics()["base_swaps"] == swaps
+
+
+def test_steps_of_dummies_need_no_bases():
+    """Warm-up pretends to have more adapters, of more clusters, than there are base slots."""
+    manager = make_manager(24, 6, SCALING_SLOTS, base_slots=2)
+    worker = make_worker(manager)
+    dummies = [LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in range(1, 9)]
+    for dummy in dummies:
+        worker.add_dummy_lora(dummy, rank=8)
+    swaps = manager.statistics()["base_swaps"]
+    worker.set_active_adapters(set(dummies), LoRAMapping(tuple(range(1, 9)), tuple(range(1, 9)), True))
+    assert set(manager._punica.steps[-1][0]) == {0, 1}
+    assert manager.statistics()["base_swaps"] == swaps
+
+
 def test_plain_adapters_come_behind_clusters_of_8_bits_which_take_no_lora_slot(manager):
-    manager._lora_clusters, manager.lora_index_to_id = 0, [None, PLAIN_ID]
-    assert manager._place_of_other(PLAIN_ID) == (CLUSTERS + 1, manager._identity_slot)
+    manager._lora_bases, manager.lora_index_to_id = 0, [None, PLAIN_ID]
+    assert manager._place_of_other(PLAIN_ID) == (CLUSTERS + 1, manager.compressed.scalings.identity_slot)
 
 
 def test_a_step_that_repeats_is_not_planned_again_until_something_moves(manager, worker):
@@ -186,18 +247,18 @@ def test_adapters_of_a_step_that_repeats_are_not_the_least_recently_used(manager
     worker.set_active_requests(step_of(rows))
     assert len(manager._punica.steps) == 2
     worker.add_adapter(compressed(SCALING_SLOTS))  # one slot too few
-    assert 0 in manager._slots and 1 not in manager._slots
+    assert resident(manager) == {0, *range(2, SCALING_SLOTS + 1)}
 
 
 def test_a_copy_of_scalings_that_fails_does_not_leave_a_plan_that_names_the_slot(manager, worker):
     rows = [(compressed(i), 1) for i in range(SCALING_SLOTS)]
     step = step_of(rows)
     worker.set_active_requests(step)
-    whole = manager.collection.sigma
-    manager.collection.sigma = lambda adapter: torch.full((1, RANK + 1, RANK + 1), float(adapter))
-    with pytest.raises(RuntimeError):
+    manager.collection.sigma = lambda adapter: torch.full((1, RANK, RANK), torch.nan)
+    with pytest.raises(JDLoRAError, match="'a9' hold NaN"):
         worker.add_adapter(compressed(9))
-    manager.collection.sigma = whole
+    assert 10 not in worker.list_adapters()
+    manager.collection.sigma = collection_of(12, CLUSTERS).sigma
     worker.set_active_requests(step)
     assert len(manager._punica.steps) == 2
     check_by_token(manager, rows)
@@ -272,7 +333,7 @@ def test_runners_tell_the_same_as_vllms_own_methods(manager, worker, version):
     assert {r.lora_int_id for r in requests} == {5, 2}
     assert mapping.index_mapping == (5, 5, 5, 0, 0, 2, 5, 0)
     check_by_token(manager, rows)
-    assert {a for a in range(12) if a in manager._slots} == {r.lora_int_id - 1 for r in requests}
+    assert resident(manager) == {r.lora_int_id - 1 for r in requests}
 
 
 def v1_batch(rows: list[tuple[LoRARequest | None, int]], room: int = 16) -> SimpleNamespace:
@@ -309,15 +370,29 @@ def test_dummies_of_a_v2_runner_reach_the_manager(manager, worker):
         assert manager._punica.steps[-1][0] == [1, 1, 2]
 
 
+def test_warm_up_makes_few_dummies_however_many_slots_there_are(manager, worker):
+    runner, made = Runner(), []
+    runner.lora_manager, runner.lora_state = worker, LoraState(64)
+    worker.add_dummy_lora = lambda request, rank: made.append(request.lora_int_id) or manager.add_dummy(made[-1])
+    take_over(runner)
+    config = LoRAConfig(max_loras=20_000, max_lora_rank=8, max_cpu_loras=20_000)
+    tokens = np.ones(64, dtype=np.int32)
+    with runner.maybe_dummy_run_with_lora(config, tokens, tokens, num_active_loras=20_001):
+        assert len(manager._punica.steps[-1][0]) == 64
+    assert sorted(made) == list(range(1, MOST_DUMMIES + 1))
+    assert config.max_loras == 20_000
+
+
 @pytest.mark.parametrize("known", [300, 100_000])
 def test_planning_8192_tokens_of_256_sequences_does_not_depend_on_what_is_known(known):
     """A third of a millisecond is the goal; machines under load get ten times that before this fails."""
     tiles = TokenTiles(8192, 8, "cpu")
     manager = make_manager(known, 8, 300, SimpleNamespace(update_tokens=tiles.plan))
     worker = make_worker(manager)
-    requests = [compressed(i) for i in range(known)]
+    requests = [compressed(i, clusters=8) for i in range(known)]
+    adapters, directory = manager.compressed.revisions, manager.compressed.directory
     for request in requests[300:]:
-        manager.add_compressed(request, request.lora_name)
+        directory.bind(request, adapters.adapter(AdapterPath.parse(request.lora_path)))
     steps = [step_of([(requests[(i + shift) % 300], 32) for i in range(256)]) for shift in (0, 20)]
     seconds = []
     for i in range(60):

@@ -26,7 +26,7 @@ WORKER = "vllm_jdlora.serving.worker.JDWorker"
 SCHEDULER = "vllm_jdlora.serving.scheduler.jd_scheduler"
 
 _REFUSED = {
-    "enable_sleep_mode": "bases and scalings do not survive sleep level 2 yet",
+    "enable_sleep_mode": "sleep level 2 keeps registered weights only, and bases and scalings are not among them",
     "specialize_active_lora": "graphs are keyed by bases, which are always all there",
     "enable_tower_connector_lora": "compressed adapters change the language model only",
     "enable_mixed_moe_lora_format": "expert layers cannot be compressed yet",
@@ -63,6 +63,7 @@ def apply_to_engine_args(engine_args: Any) -> None:
         revision=manifest.revision,
         plain_slots=plain_slots,
         scaling_slots=resolve_scaling_slots(options.scaling_slots, len(manifest.adapters), scaling_bytes),
+        base_slots=min(options.base_slots or manifest.clusters, manifest.clusters),
     )
     assert options.scaling_slots is not None
     engine_args.enable_lora = True

@@ -158,9 +158,10 @@ def buffer_rank(rank: int) -> int:
 
 
 def resolve_scaling_slots(asked: int | None, adapters: int, bytes_per_adapter: int) -> int:
-    """How many Σ are resident: what was asked for (never more than there are adapters), else all that fit."""
+    """How many Σ are resident: what was asked for (more than there are adapters leaves room for others to come), else
+    all that fit."""
     if asked is not None:
-        return max(1, min(asked, adapters))
+        return asked
     return max(1, min(adapters, SCALING_BYTES // max(1, bytes_per_adapter)))
 
 

@@ -6,6 +6,7 @@ which takes milliseconds for a long prefill. Here a step is two arrays over requ
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from vllm.lora.layers import LoRAMappingType
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+
+MOST_DUMMIES = 32
+"""Adapters that warm-up and graph capture pretend to have. vLLM would make a request for each Σ slot, every time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +48,7 @@ class StepRequests:
 
 
 def take_over(runner: Any) -> None:
-    """Let a model runner tell its LoRA manager requests instead of tokens.
+    """Let a model runner tell its LoRA manager requests instead of tokens, and warm up with a few adapters.
 
     Only methods of this one object are replaced. What does not come through them (warm-up, graph capture, or a vLLM
     that calls others) reaches the manager by vLLM's own way, with the same result.
@@ -52,9 +57,18 @@ def take_over(runner: Any) -> None:
         runner: a V1 or V2 model runner (CPU or GPU).
     """
     runner.set_active_loras = functools.partial(_set_active_loras, runner, runner.set_active_loras)
+    for name in ("maybe_setup_dummy_loras", "maybe_select_dummy_loras"):
+        setattr(runner, name, functools.partial(_with_few_dummies, getattr(runner, name)))
     if hasattr(runner, "lora_state"):  # V2
         runner.lora_state.make_lora_inputs = functools.partial(_make_lora_inputs, runner.lora_state)
         runner._set_active_loras = functools.partial(_set_active_requests, runner, runner._set_active_loras)
+
+
+def _with_few_dummies(stock: Any, lora_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """``maybe_setup_dummy_loras`` and ``maybe_select_dummy_loras`` as if there were few slots."""
+    if lora_config is not None and lora_config.max_loras > MOST_DUMMIES:
+        lora_config = dataclasses.replace(lora_config, max_loras=MOST_DUMMIES)
+    return stock(lora_config, *args, **kwargs)
 
 
 def _set_active_loras(

@@ -41,7 +41,16 @@ class JDWorker(PlatformWorker):
             )
         return result
 
-    def jdlora_statistics(self) -> dict[str, int]:
+    def jdlora_load_collection(self, path: str, revision: str) -> dict[str, Any]:
+        """Serve another revision of the collection from now on; ``collective_rpc("jdlora_load_collection", …)``.
+
+        What it does and raises: :meth:`~vllm_jdlora.serving.manager.JDLoRAModelManager.load_collection`. Where the
+        bases are others, no request may be in the engine.
+        """
+        result: dict[str, Any] = self.model_runner.lora_manager._adapter_manager.load_collection(path, revision)
+        return result
+
+    def jdlora_statistics(self) -> dict[str, Any]:
         """Counts of this worker; ``LLM.collective_rpc("jdlora_statistics")``."""
         return self.model_runner.lora_manager._adapter_manager.statistics()
 

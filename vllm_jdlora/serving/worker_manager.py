@@ -29,35 +29,33 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _apply_adapters(self, lora_requests: Collection[LoRARequest]) -> None:
         # The scheduler bounds how many adapters of each kind a batch holds; vLLM's own check counts base slots.
-        others = self._adapter_manager.touch_resident(lora_requests)
+        manager = self._adapter_manager
+        others = manager.touch_resident(lora_requests)
         for request in {r.lora_int_id: r for r in others}.values():
-            self.add_adapter(request)
+            self._add(request, announced=False)
+        if others:
+            manager.compressed.forget_unannounced(lora_requests)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        manager = self._adapter_manager
-        lora_id = lora_request.lora_int_id
-        if manager.is_bound(lora_request):
-            manager.activate_adapter(lora_id)
-            return False
-        compressed = AdapterPath.parse(lora_request.lora_path)
-        if compressed is not None:
-            self._bind(lora_request, compressed)
-            manager.activate_adapter(lora_id)
-            return True
-        manager.unbind(lora_id)  # it may have been a compressed adapter's
-        if manager.is_registered(lora_id) and not lora_request.load_inplace:
-            manager.activate_adapter(lora_id)
-            return False
-        return super().add_adapter(lora_request)
+        """vLLM's RPC ``add_lora``."""
+        self._adapter_manager.compressed.announce(lora_request.lora_int_id)
+        return self._add(lora_request, announced=True)
 
-    def _bind(self, request: LoRARequest, path: AdapterPath) -> None:
-        served = self._adapter_manager.collection.manifest.revision
-        if path.revision != served:
-            raise JDLoRAError(
-                f"adapter {path.name!r} is asked for from revision {path.revision} and this server has {served}: take "
-                "the request from the collection that the server was started with"
-            )
-        self._adapter_manager.add_compressed(request, path.name)
+    def _add(self, request: LoRARequest, *, announced: bool) -> bool:
+        manager, compressed = self._adapter_manager, self._adapter_manager.compressed
+        lora_id = request.lora_int_id
+        if compressed.directory.is_bound(request):
+            compressed.activate(lora_id)
+            return False
+        path = AdapterPath.parse(request.lora_path)
+        if path is not None:
+            compressed.bind(request, path, announced=announced)
+            return True
+        compressed.unbind(lora_id)  # it may have been a compressed adapter's
+        if manager.is_registered(lora_id) and not request.load_inplace:
+            manager.activate_adapter(lora_id)
+            return False
+        return super().add_adapter(request)
 
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         lora = super()._load_adapter(lora_request)
