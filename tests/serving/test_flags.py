@@ -1,5 +1,10 @@
 """The flags of `vllm serve`: what they turn into, and which combinations are refused with a reason."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests import tiny_llama
@@ -10,6 +15,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import startup_build
 from vllm_jdlora.serving.engine_settings import SCHEDULER, WORKER, apply_to_engine_args
 from vllm_jdlora.serving.flags import apply_flags
+from vllm_jdlora.serving.http_routes import AdapterRoutes
 from vllm_jdlora.serving.options import CONFIG_KEY, AdapterPath, ServingOptions, buffer_rank
 
 
@@ -50,18 +56,47 @@ def test_without_the_flag_nothing_changes(parser, files):
     assert args.lora_modules is None and not args.additional_config
 
 
-def test_a_collection_becomes_lora_modules_and_engine_settings(parser, files):
-    args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}")
+def test_a_collection_becomes_engine_settings_and_routes_of_the_api_server(parser, files):
+    flags = ("--lora-compression=jd", f"--lora-collection={files['collection']}", "--jd-base-slots=1")
+    args = parse(parser, files, *flags, "--middleware=my.Middleware")
     revision = Collection.open(files["collection"]).manifest.revision
-    assert [(m.name, m.path) for m in args.lora_modules] == [
-        (f"a{i}", str(AdapterPath(revision, 0, f"a{i}"))) for i in range(3)
-    ]
+    assert args.lora_modules is None  # each of these would be a call to the engine
+    assert args.middleware == ["my.Middleware", f"{AdapterRoutes.__module__}.{AdapterRoutes.__name__}"]
     engine = engine_args(args)
     assert engine.enable_lora and engine.worker_cls == WORKER and engine.scheduler_cls == SCHEDULER
     assert engine.lora_target_modules == ["q_proj", "v_proj"]
     assert engine.max_lora_rank == 16 and engine.max_loras == 3 + 1
     options = ServingOptions.from_additional_config(engine.additional_config)
     assert (options.revision, options.scaling_slots, options.plain_slots) == (revision, 3, 1)
+    assert (options.base_slots, options.arrivals) == (1, "")
+
+
+def test_with_runtime_updates_a_server_has_a_folder_for_arrivals_of_its_own(parser, files, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    flags = ("--lora-compression=jd", f"--lora-collection={files['collection']}")
+    (tmp_path / "vllm-jdlora" / "arrivals" / "1" / "left-behind").mkdir(parents=True)
+    found = []
+    for adapter_dir in (None, files["dir"]):
+        args = parse(parser, files, *flags, *([f"--jd-adapter-dir={adapter_dir}"] if adapter_dir else []))
+        apply_flags(args)  # again, which claims nothing more
+        assert args.jd_adapter_dir == (adapter_dir and str(adapter_dir))
+        found.append(Path(ServingOptions.from_additional_config(args.additional_config).arrivals))
+    assert found == [tmp_path / "vllm-jdlora" / "arrivals" / str(i) for i in range(2)]
+    assert all(f.stat().st_mode & 0o777 == 0o700 and not list(f.iterdir()) for f in found)
+    with pytest.raises(JDLoRAError, match="no such folder"):
+        parse(parser, files, *flags, f"--jd-adapter-dir={tmp_path}/none")
+
+
+def test_a_folder_for_arrivals_is_free_again_and_gone_when_its_server_has_ended(tmp_path):
+    program = (
+        "from vllm_jdlora.serving.arrivals_folder import claim_arrivals_folder as c; print(c()); (c() / 'x').touch()"
+    )
+    for _ in range(2):
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        claimed = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+        assert Path(claimed.stdout.strip()) == tmp_path / "vllm-jdlora" / "arrivals" / "0"
+        assert sorted(p.name for p in (tmp_path / "vllm-jdlora" / "arrivals").iterdir()) == ["0.lock", "1.lock"]
 
 
 def test_settings_may_be_applied_twice(parser, files):
@@ -82,7 +117,7 @@ def test_plain_adapters_beside_a_collection_widen_what_is_wrapped(parser, files)
         "--lora-modules",
         f"mine={files['plain']}",
     )
-    assert [m.name for m in args.lora_modules] == ["a0", "a1", "a2", "mine"]
+    assert [m.name for m in args.lora_modules] == ["mine"]
     assert engine_args(args).lora_target_modules == ["o_proj", "q_proj", "v_proj"]
 
 
@@ -93,7 +128,11 @@ def test_adapters_without_a_collection_are_compressed_at_start_up_once(parser, f
     monkeypatch.setattr(startup_build, "compress", None)  # a second compression would fail
     again = parse(parser, files, *flags)
     assert again.additional_config[CONFIG_KEY]["collection"] == first
-    assert [m.name for m in again.lora_modules] == ["a0", "a1", "a2"]
+    assert again.lora_modules is None and [a.name for a in Collection.open(first).manifest.adapters] == [
+        "a0",
+        "a1",
+        "a2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +140,11 @@ def test_adapters_without_a_collection_are_compressed_at_start_up_once(parser, f
     [
         (["--lora-dir={dir}"], "--lora-dir needs --lora-compression jd"),
         (["--jd-scaling-slots=4"], "--jd-scaling-slots needs --lora-compression jd"),
+        (["--jd-adapter-dir={dir}"], "--jd-adapter-dir needs --lora-compression jd"),
+        (
+            ["--lora-compression=jd", "--lora-collection={collection}", "--jd-adapter-dir={dir}"],
+            "needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        ),
         (["--lora-compression=jd"], "needs adapters"),
         (["--lora-compression=jd", "--lora-dir={root}/none"], "no such folder"),
         (["--lora-compression=jd", "--lora-dir={model}"], "adapter_config.json"),

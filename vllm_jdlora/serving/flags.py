@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, absolute, adapter_paths
+from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, absolute
 
-_DEPENDENT = ("lora_collection", "lora_dir", "jd_scaling_slots", "jd_max_error", "jd_base_bits")
+MIDDLEWARE = "vllm_jdlora.serving.http_routes.AdapterRoutes"
+"""For vLLM's ``--middleware``; by name, because what it imports is heavy."""
+
+_DEPENDENT = (
+    "lora_collection",
+    "lora_dir",
+    "jd_scaling_slots",
+    "jd_base_slots",
+    "jd_max_error",
+    "jd_base_bits",
+    "jd_adapter_dir",
+)
 
 
 def add_flags(parser: Any) -> Any:
@@ -50,12 +61,21 @@ def add_flags(parser: Any) -> Any:
         "Default: all adapters of the collection, as far as they fit in 2 GiB.",
     )
     group.add_argument(
+        "--jd-base-slots",
+        type=_positive,
+        metavar="N",
+        default=None,
+        help="Clusters whose shared bases are resident on the device, which bounds the distinct clusters in one batch. "
+        "Default: all clusters of the collection.",
+    )
+    group.add_argument(
         "--jd-max-error",
         type=_fraction,
         metavar="E",
         default=None,
         help="Relative error (Frobenius, not squared) above which an adapter is not served compressed: it stays "
-        "plain when the collection is built at start-up; a ready collection that breaks the limit is refused.",
+        "plain when the collection is built at start-up or when it is loaded at run time; a ready collection that "
+        "breaks the limit is refused.",
     )
     group.add_argument(
         "--jd-base-bits",
@@ -65,11 +85,20 @@ def add_flags(parser: Any) -> Any:
         help="Bits of a number of the shared bases in GPU memory. 8 keeps those of a collection made with --quantize "
         "int8 or fp8 as they are stored, beside uncompressed adapters in 16. Default: 16.",
     )
+    group.add_argument(
+        "--jd-adapter-dir",
+        metavar="DIR",
+        default=None,
+        help="A request for a model that is not known is answered with the PEFT adapter folder of that name inside "
+        "DIR, compressed on the spot. Needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, with which adapters also come and go "
+        "by /v1/load_lora_adapter, /v1/unload_lora_adapter and /v1/reload_lora_collection. Default: "
+        "VLLM_LORA_RESOLVER_CACHE_DIR.",
+    )
     return parser
 
 
 def apply_flags(args: argparse.Namespace) -> None:
-    """Turn the flags into ``additional_config`` and ``lora_modules`` of the namespace; idempotent.
+    """Turn the flags into ``additional_config``, ``lora_modules`` and ``middleware`` of the namespace; idempotent.
 
     Raises:
         JDLoRAError: flags that do not go together, or adapters that cannot be served.
@@ -87,6 +116,7 @@ def apply_flags(args: argparse.Namespace) -> None:
 
     from vllm_jdlora.collection import Collection
 
+    arrivals = _runtime_updates(args)
     given = _given_adapters(args)
     if args.lora_collection is not None:
         collection = Collection.open(absolute(args.lora_collection), verify=False)
@@ -94,9 +124,13 @@ def apply_flags(args: argparse.Namespace) -> None:
     else:
         collection = _build(args, given)
         plain = []
-    modules = adapter_paths(collection) + plain
-    _refuse_twice([name for name, _ in modules])
-    args.lora_modules = [LoRAModulePath(name, path) for name, path in modules]
+    manifest = collection.manifest
+    _refuse_twice(
+        [*(a.name for a in manifest.adapters), *(p.name for p in manifest.plain), *(name for name, _ in plain)]
+    )
+    # The API server enters the collection's adapters itself: vLLM would make a call to the engine for each of these.
+    args.lora_modules = [LoRAModulePath(name, path) for name, path in plain] or None
+    args.middleware = [*(getattr(args, "middleware", None) or ()), MIDDLEWARE]
     if args.lora_collection is not None and plain:
         args.lora_target_modules = sorted({*(args.lora_target_modules or ()), *_targets_of(plain)})
     options = ServingOptions(
@@ -104,9 +138,29 @@ def apply_flags(args: argparse.Namespace) -> None:
         scaling_slots=args.jd_scaling_slots,
         max_error=args.jd_max_error,
         base_bits=args.jd_base_bits or 16,
+        base_slots=args.jd_base_slots,
+        arrivals=arrivals,
     )
     args.additional_config = options.put_into(args.additional_config)
     args._jdlora_applied = True
+
+
+def _runtime_updates(args: argparse.Namespace) -> str:
+    """The folder for adapters that come while the server runs; empty where vLLM is not to take any."""
+    import vllm.envs as envs
+
+    from vllm_jdlora.serving.arrivals_folder import claim_arrivals_folder
+
+    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        if args.jd_adapter_dir is not None:
+            raise JDLoRAError("--jd-adapter-dir needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in the environment")
+        return ""
+    args.jd_adapter_dir = args.jd_adapter_dir or envs.VLLM_LORA_RESOLVER_CACHE_DIR
+    if args.jd_adapter_dir is not None:
+        args.jd_adapter_dir = absolute(args.jd_adapter_dir)
+        if not Path(args.jd_adapter_dir).is_dir():
+            raise JDLoRAError(f"--jd-adapter-dir {args.jd_adapter_dir}: no such folder")
+    return str(claim_arrivals_folder())
 
 
 def _given_adapters(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -137,8 +191,9 @@ def _build(args: argparse.Namespace, given: list[tuple[str, str]]) -> Any:
 
 def _targets_of(plain: list[tuple[str, str]]) -> set[str]:
     from vllm_jdlora.adapter import read_adapter
+    from vllm_jdlora.serving.engine_settings import targets_of_plain
 
-    return {s.rpartition(".")[2] for name, path in plain for s in read_adapter(Path(path), name).slices}
+    return {target for name, path in plain for target in targets_of_plain(read_adapter(Path(path), name))}
 
 
 def _refuse_twice(names: list[str]) -> None:

@@ -1,8 +1,8 @@
 """The entry point of vLLM's plugin system: flags of ``vllm serve`` and the engine settings they stand for.
 
 Loaded in every vLLM process, so importing it must be cheap: vLLM's heavier modules are imported only once
-compression was asked for. Three class attributes of ``EngineArgs`` are wrapped (see ``touchpoints``); where
-compression was not asked for, the wraps change nothing.
+compression was asked for. Three class attributes of ``EngineArgs`` are wrapped (see ``touchpoints``), and in API
+servers two of its serving classes; where compression was not asked for, the wraps change nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from vllm_jdlora.errors import JDLoRAError
 
 _MARK = "_jdlora_wrapped"
+_SERVERS = ("OPENAI_API_SERVER", "OPENAI_BATCH_RUNNER")
+"""Values of vLLM's ``UsageContext`` for what answers by adapters' names."""
 
 
 def register() -> None:
@@ -48,7 +50,7 @@ def _wrap_from_cli_args(engine_args: Any) -> None:
         from vllm_jdlora.serving.flags import apply_flags
 
         # The namespace is changed, not the result: API servers that vLLM spawns get the pickled namespace, and
-        # the frontend reads lora_modules from it.
+        # the frontend reads lora_modules and middleware from it.
         _or_exit(apply_flags, args)
         return original(cls, args)
 
@@ -67,6 +69,10 @@ def _wrap_create_engine_config(engine_args: Any) -> None:
         from vllm_jdlora.serving.engine_settings import apply_to_engine_args, restore_compilation
 
         apply_to_engine_args(self)
+        if (args[0] if args else kwargs.get("usage_context")) in _SERVERS:
+            from vllm_jdlora.serving.api_server import wrap_api_server
+
+            wrap_api_server()
         config = original(self, *args, **kwargs)
         restore_compilation(config)
         return config

@@ -625,7 +625,6 @@ REGISTER: tuple[Touchpoint, ...] = (
         "the base models' cards in /v1/models",
         ("self",),
         "api_server",
-        ("ModelCard", "ModelPermission"),
     ),
     Touchpoint(
         "vllm.entrypoints.serve.engine.protocol",

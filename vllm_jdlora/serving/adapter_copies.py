@@ -1,0 +1,95 @@
+"""What a running server keeps on disk of the adapters that came to it: their folders, and their Σ, while they are used.
+
+An adapter is copied before it is served. The folder that it came from may change or vanish, and a worker that then
+looks for it would take the whole engine down; and the copy's path names its content, as prefix caching needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, content_digest
+from vllm_jdlora.collection.arrival_file import arrival_path
+from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.peft_config import CONFIG_FILE
+
+
+class AdapterCopies:
+    """Files in the arrivals folder, each there as long as it has users.
+
+    Args:
+        folder: the arrivals folder; ``DIGEST.safetensors`` are Σ, ``adapters/SHA256`` are PEFT folders.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._users: Counter[Path] = Counter()
+
+    def copy(self, adapter: Adapter) -> Adapter:
+        """The same adapter, its files copied. The copy has no user yet.
+
+        Raises:
+            JDLoRAError: the adapter changed since it was read, or the disk refuses.
+        """
+        target = self.folder / "adapters" / adapter.sha256
+        if not target.is_dir():
+            temporary = target.with_name(f".{secrets.token_hex(8)}.new")
+            try:
+                temporary.mkdir(parents=True)
+                for file in (CONFIG_FILE, WEIGHTS_FILE):
+                    shutil.copyfile(adapter.path / file, temporary / file)
+                if content_digest(temporary) != adapter.sha256:
+                    raise JDLoRAError(f"{adapter.path}: changed while it was read; load the adapter again")
+                os.rename(temporary, target)
+            except OSError as error:
+                raise JDLoRAError(f"{adapter.path}: cannot be copied to {target} ({error.strerror})") from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return dataclasses.replace(adapter, path=target)
+
+    def link(self, folder: Path, sha256: str) -> Path:
+        """A second way to the files of a collection's plain adapter that outlives the collection's folder.
+
+        Links cost no bytes. On another file system than the collection's there are none: the folder itself then.
+        """
+        target = self.folder / "adapters" / sha256
+        if target.is_dir():
+            return target
+        try:
+            target.mkdir(parents=True)
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                os.link(folder / file, target / file)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            return folder
+        return target
+
+    def use(self, *paths: Path) -> None:
+        self._users.update(paths)
+
+    def release(self, *paths: Path) -> None:
+        """One user less of each; what nobody uses is deleted. Paths that are not in the folder are left alone."""
+        for path in paths:
+            if self._users[path] > 1:
+                self._users[path] -= 1
+                continue
+            del self._users[path]
+            self.discard(path)
+
+    def discard(self, *paths: Path) -> None:
+        """Delete what has no user."""
+        for path in paths:
+            if path in self._users or self.folder not in path.parents:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def sigma_path(self, digest: str) -> Path:
+        return arrival_path(self.folder, digest)
