@@ -4,11 +4,11 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-scale bench-cpu-grouped gpu-check clean
+.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-scale bench-cpu-grouped figure1 loadtest gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup:  ## make .venv with vLLM (the CPU build where there is no NVIDIA GPU), this package, and what demo and tests need
 	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) --no-print-directory $(VENV)/.jdlora-cuda-setup; \
@@ -55,6 +55,12 @@ bench-mapping: setup  ## what a step's LoRA metadata costs in a worker, ours bes
 
 bench-scale: setup  ## does a server cost more when it knows 100,000 adapters and not 100: start, memory, speed (SCALE=flags)
 	$(BIN)/python loadtests/bench_scale.py --plot $(SCALE)
+
+figure1: setup  ## the paper's Figure 1 on real servers: hours, goes on where it was stopped (FIGURE1=flags, as --short)
+	$(BIN)/python loadtests/figure1.py $(FIGURE1)
+
+loadtest: setup  ## Locust over the adapters of a running server, web page on port 8089 (LOADTEST=flags, as --host URL)
+	$(BIN)/locust -f loadtests/locustfile.py $(LOADTEST)
 
 gpu-check:  ## on a machine with a GPU: are the kernels right, and how fast; needs torch and triton only
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) kernels/gpu_check.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -44,9 +44,11 @@ async def every_token(request: web.Request, body: dict[str, Any]) -> web.StreamR
 
 @asynccontextmanager
 async def serving(
-    answer: Answer = every_token, models: Sequence[str | dict] = ()
+    answer: Answer = every_token,
+    models: Sequence[str | dict] = (),
+    more: Mapping[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] | None = None,
 ) -> AsyncIterator[tuple[str, list[dict]]]:
-    """(url, bodies received so far) of a running server."""
+    """(url, bodies received so far) of a running server; `more`: path → what answers a GET of it."""
     bodies: list[dict] = []
 
     async def complete(request: web.Request) -> web.StreamResponse:
@@ -61,6 +63,8 @@ async def serving(
     app.router.add_post("/v1/completions", complete)
     app.router.add_post("/v1/chat/completions", complete)
     app.router.add_get("/v1/models", list_models)
+    for path, handler in (more or {}).items():
+        app.router.add_get(path, handler)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -1,0 +1,136 @@
+"""What Figure 1 consists of: its series, the numbers of adapters, and the rank, clusters and slots of every point.
+
+R and K are one rule: JD-Full of rank 16 with a cluster for every four adapters. That is what holds, for the real
+adapters that this repository measures with (README: an eighth of the bytes with 8-bit bases), a mean relative error of
+about a quarter, and it holds it for any number of adapters, even if no new one shares anything with those that are
+there: blocks of 32, compressed one by one, are such a collection. Where newcomers share directions fewer clusters do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vllm_jdlora.adapter import SliceShape
+
+COUNTS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+OURS_ONLY = (10_000,)
+SHORT = (4, 64, 1024)
+RANK = 16
+ADAPTERS_PER_CLUSTER = 4
+_BASE_BYTES, _SIGMA_BYTES = 2, 4  # of a number on the device: bf16, and Σ in fp32 as the CPU kernel reads it
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve.
+
+    Attributes:
+        key: as in the issue of the figure and in all tables: b to f; a is the base beside every point.
+        title: what it is.
+        kind: ``stock`` (vLLM's own multi-LoRA), ``plain`` (uncompressed adapters here) or ``compressed``.
+        slots: LoRA slots: ``one``, ``equal`` (as many as take the memory of f, rounded up) or ``all``.
+        told: a stock server is told which modules its adapters change; by itself it wraps every linear one and the
+            logits, and computes zeros there.
+        counts: numbers of adapters it is measured at. None: all of the figure.
+    """
+
+    key: str
+    title: str
+    kind: str
+    slots: str | None = None
+    told: bool = True
+    counts: tuple[int, ...] | None = None
+
+
+SERIES = (
+    Series("b", "stock vLLM, one adapter", "stock", "one", counts=(1,)),
+    Series("c", "stock vLLM, slots of equal memory", "stock", "equal"),
+    Series("c-default", "the same, not told its targets", "stock", "equal", told=False, counts=(1024,)),
+    Series("d", "stock vLLM, a slot for each adapter", "stock", "all"),
+    Series("e", "uncompressed here, slots of equal memory", "plain", "equal"),
+    Series("f", "compressed", "compressed"),
+)
+SHORT_SERIES = ("c", "f")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One server to be measured.
+
+    Attributes:
+        series: its key.
+        adapters: unique adapters, all asked for equally often.
+        rank: of adapters and of bases.
+        clusters: of the collection with that many adapters, whose memory ``equal`` slots have.
+        slots: LoRA slots of the server; None for compressed adapters.
+        lora_bytes: what adapters take on the device in the modules that they change.
+    """
+
+    series: str
+    adapters: int
+    rank: int
+    clusters: int
+    slots: int | None
+    lora_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoRABytes:
+    """Device memory of adapters of rank `RANK` on these slices."""
+
+    slices: tuple[SliceShape, ...]
+
+    @property
+    def slot(self) -> int:
+        """A LoRA slot of stock vLLM that is told its targets, and as much a pair of bases of that rank."""
+        return _BASE_BYTES * RANK * sum(part.d_out + part.d_in for part in self.slices)
+
+    def compressed(self, adapters: int, clusters: int) -> int:
+        return clusters * self.slot + adapters * _SIGMA_BYTES * RANK**2 * len(self.slices)
+
+
+def clusters_of(adapters: int) -> int:
+    return math.ceil(adapters / ADAPTERS_PER_CLUSTER)
+
+
+def points_of(
+    slices: Sequence[SliceShape],
+    *,
+    series: Iterable[str] | None = None,
+    counts: Iterable[int] | None = None,
+    clusters: dict[int, int] | None = None,
+) -> list[Point]:
+    """The points, by number of adapters and then by series, so that a stopped run has whole columns.
+
+    Args:
+        series: keys; default all.
+        counts: numbers of adapters; default those of the figure, and 10,000 for compressed ones only.
+        clusters: adapters → clusters where the rule is not to be used.
+    """
+    known = {s.key: s for s in SERIES}
+    memory = LoRABytes(tuple(slices))
+    wanted = tuple(counts) if counts is not None else None
+    points = []
+    for one in (known[key] for key in (series or known)):
+        own = one.counts or (wanted or (COUNTS + OURS_ONLY if one.kind == "compressed" else COUNTS))
+        if wanted is not None and one.counts and one.slots != "one":
+            own = tuple(n for n in own if n in wanted)
+        if one.kind != "compressed":
+            own = tuple(n for n in own if n not in OURS_ONLY)
+        points += [_point(one, n, memory, (clusters or {}).get(n)) for n in own]
+    return sorted(points, key=lambda point: point.adapters)
+
+
+def _point(series: Series, adapters: int, memory: LoRABytes, clusters: int | None) -> Point:
+    clusters = clusters_of(adapters) if clusters is None else clusters
+    compressed = memory.compressed(adapters, clusters)
+    if series.kind == "compressed":
+        return Point(series.key, adapters, RANK, clusters, None, compressed)
+    slots = {"one": 1, "equal": min(adapters, math.ceil(compressed / memory.slot)), "all": adapters}[series.slots or ""]
+    return Point(series.key, adapters, RANK, clusters, slots, slots * memory.slot)

@@ -1,0 +1,54 @@
+"""Which points Figure 1 has, and that slots of equal memory have equal memory."""
+
+import pytest
+from figure1_points import COUNTS, OURS_ONLY, RANK, SERIES, LoRABytes, clusters_of, points_of
+
+from vllm_jdlora.adapter import SliceShape
+
+SLICES = [
+    SliceShape("model.layers.0.self_attn.q_proj", 576, 576),
+    SliceShape("model.layers.0.self_attn.k_proj", 192, 576),
+]
+
+
+def by_key(points):
+    return {(p.series, p.adapters): p for p in points}
+
+
+def test_the_figure_has_every_series_at_every_number_of_adapters():
+    points = by_key(points_of(SLICES))
+    for key in "cde":
+        assert [n for k, n in points if k == key] == list(COUNTS)
+    assert [n for k, n in points if k == "f"] == [*COUNTS, *OURS_ONLY]
+    assert [n for k, n in points if k == "b"] == [1] and [n for k, n in points if k == "c-default"] == [1024]
+
+
+def test_columns_are_finished_one_after_the_other():
+    counts = [p.adapters for p in points_of(SLICES)]
+    assert counts == sorted(counts)
+
+
+def test_a_slot_and_a_pair_of_bases_take_what_vllm_allocates_for_them():
+    memory = LoRABytes(tuple(SLICES))
+    assert memory.slot == 2 * RANK * (576 + 576 + 192 + 576)
+    assert memory.compressed(10, 3) == 3 * memory.slot + 10 * len(SLICES) * RANK * RANK * 4
+
+
+@pytest.mark.parametrize("adapters", COUNTS)
+def test_equal_slots_take_what_compressed_adapters_take_rounded_up(adapters):
+    points, slot = by_key(points_of(SLICES)), LoRABytes(tuple(SLICES)).slot
+    ours, stock = points["f", adapters], points["c", adapters]
+    assert ours.clusters == clusters_of(adapters) == -(-adapters // 4)
+    assert 0 <= stock.lora_bytes - ours.lora_bytes < slot or stock.slots == adapters
+    assert points["e", adapters].slots == stock.slots and points["d", adapters].slots == adapters
+
+
+def test_series_counts_and_clusters_can_be_chosen():
+    points = by_key(points_of(SLICES, series=["b", "c", "f"], counts=[8, 10_000], clusters={10_000: 256}))
+    assert set(points) == {("b", 1), ("c", 8), ("f", 8), ("f", 10_000)}
+    assert points["f", 10_000].clusters == 256 and points["f", 8].clusters == 2
+    assert not points_of(SLICES, series=["c-default"], counts=[8])
+
+
+def test_series_are_told_apart_by_their_keys():
+    assert len({series.key for series in SERIES}) == len(SERIES)
