@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_jdlora.adapter import file_digest, read_adapter
+from vllm_jdlora.adapter import Adapter, file_digest, read_adapter
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import touchpoints
@@ -160,7 +160,22 @@ def _target_modules(collection: Collection, asked: list[str] | None) -> list[str
 
     Every wrapped module costs a call in every step, so nothing else is wrapped, nor are the logits.
     """
-    names = {s.name for s in collection.manifest.slices}
+    targets = {s.name.rpartition(".")[2] for s in collection.manifest.slices} | set(asked or ())
     for plain in collection.manifest.plain:
-        names.update(read_adapter(collection.plain_path(plain.name), plain.name).slices)
-    return sorted({name.rpartition(".")[2] for name in names} | set(asked or ()))
+        targets |= targets_of_plain(read_adapter(collection.plain_path(plain.name), plain.name))
+    return sorted(targets)
+
+
+def targets_of_plain(adapter: Adapter) -> set[str]:
+    """Suffixes of the modules that an uncompressed adapter changes.
+
+    Raises:
+        JDLoRAError: it changes experts, embeddings or heads, whose layers are not served.
+    """
+    if adapter.plain_only:
+        raise JDLoRAError(
+            f"adapter {adapter.name!r} cannot be served: it has {adapter.plain_only}, and beside compressed adapters "
+            "only linear layers carry LoRA. Leave it out (`jdlora remove` takes it out of a collection), or train it "
+            "on attention and dense layers alone"
+        )
+    return {name.rpartition(".")[2] for name in adapter.slices}
