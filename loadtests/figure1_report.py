@@ -37,19 +37,28 @@ def flatness(points: Points, series: str = "f") -> float | None:
 
 
 def goals_of(points: Points) -> list[Goal]:
-    compressed = points.get(("f", MANY))
-    to_base = compressed.ratio if compressed else None
-    goals = [Goal(f"(f)/(a) >= {LEAST_OF_BASE} at {MANY:,}", to_base, to_base and to_base >= LEAST_OF_BASE)]
-    for key in ("c", "c-default"):
-        ratio = ratio_between(points, "f", key, MANY)
-        goals.append(Goal(f"(f)/({key}) >= {LEAST_OF_STOCK:g} at {MANY:,}", ratio, ratio and ratio >= LEAST_OF_STOCK))
-    flat = flatness(points)
+    compressed, flat = points.get(("f", MANY)), flatness(points)
     most = max((n for key, n in points if key == "f"), default=0)
-    text = f"(f) from {FLAT_FROM} to {most:,} adapters within {FLAT_WITHIN:.0%}"
-    goals.append(Goal(text, flat, None if flat is None else flat <= FLAT_WITHIN))
     errors = float(sum(m.errors for m in points.values()))
-    goals.append(Goal("no error", errors, errors == 0))
-    return [Goal(g.text, g.value, None if g.value is None else bool(g.met)) for g in goals]
+    return [
+        _at_least(f"(f)/(a) >= {LEAST_OF_BASE} at {MANY:,}", compressed and compressed.ratio, LEAST_OF_BASE),
+        *(
+            _at_least(
+                f"(f)/({key}) >= {LEAST_OF_STOCK:g} at {MANY:,}", ratio_between(points, "f", key, MANY), LEAST_OF_STOCK
+            )
+            for key in ("c", "c-default")
+        ),
+        _at_most(f"(f) from {FLAT_FROM} to {most:,} adapters within {FLAT_WITHIN:.0%}", flat, FLAT_WITHIN),
+        _at_most("no error", errors, 0),
+    ]
+
+
+def _at_least(text: str, value: float | None, least: float) -> Goal:
+    return Goal(text, value, None if value is None else value >= least)
+
+
+def _at_most(text: str, value: float | None, most: float) -> Goal:
+    return Goal(text, value, None if value is None else value <= most)
 
 
 def markdown(points: Points) -> str:
