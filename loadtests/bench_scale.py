@@ -5,7 +5,8 @@ HTTP. Serving: the smallest size stays up and each other one takes turns with it
 over all of its adapters, so that ratios come from the same minutes. Before that, adapters that were never asked for are
 asked beside familiar ones, one request at a time; first with their Σ in the page cache, then dropped from it. Starting:
 every configuration in turn, and the base model without LoRA, each after a first start that filled vLLM's compile cache.
-One JSON line is appended to `results/bench_scale.jsonl`.
+One JSON line is appended to `results/bench_scale.jsonl`. A run may measure some sizes, or only one of the two
+(`--rounds 0`, `--starts 0`); the picture shows the newest figures of each size.
 """
 
 from __future__ import annotations
@@ -211,8 +212,8 @@ class Bench:
         """
         familiar = own.names[:_FAMILIAR]
         upper = [name for name in own.names[adapters // 2 :] if name not in own.asked]
-        # Half now, half for the other place; of many, as many as asked for.
-        never = upper[:: max(1, len(upper) // self.args.cold)][: min(self.args.cold, len(upper) // 2)]
+        count = min(self.args.cold, adapters // 4)  # as many are left for the other place
+        never = upper[:: len(upper) // count][:count]
         first_token = replace(self.shape, answer=1)
         asks = cold_beside_warm(never, familiar, first_token, seed=(1 << 20) + len(own.asked))
         task = self.progress.add_task(f"{adapters:,} cold, Σ in {where}", total=len(asks))
@@ -230,11 +231,12 @@ class Bench:
     def start(self) -> dict[int | None, StartUps]:
         """Every configuration in turn, in every round."""
         found: dict[int | None, StartUps] = {adapters: StartUps() for adapters in (None, *self.args.sizes)}
-        if not self.args.starts:
-            return {}
-        task = self.progress.add_task("starts", total=1 + self.args.starts * len(found))
-        with self.running(None):
-            self.progress.advance(task)  # the others were started before
+        uncounted = [adapters for adapters in found if adapters is None or not self.args.rounds]
+        task = self.progress.add_task("starts", total=len(uncounted) + self.args.starts * len(found))
+        for adapters in uncounted:
+            self.progress.update(task, description="filling caches")
+            with self.running(adapters):
+                self.progress.advance(task)
         for round_ in range(self.args.starts):
             for adapters in list(found) if round_ % 2 else list(reversed(found)):
                 self.progress.update(task, description=f"starting {'base' if adapters is None else f'{adapters:,}'}")
@@ -256,13 +258,15 @@ def _drop_from_page_cache(collection: Collection) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of adapters")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="0: do not serve")
     parser.add_argument("--requests", type=int, default=96, help="of each server in each round")
     parser.add_argument("--concurrency", type=int, default=32, help="clients at the same time")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=48)
     parser.add_argument("--cold", type=int, default=500, help="adapters never asked for, and as many familiar ones")
-    parser.add_argument("--starts", type=int, default=3, help="of each configuration, after one that fills caches")
+    parser.add_argument(
+        "--starts", type=int, default=3, help="of each configuration, after one that fills caches; or 0"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: does it run?")
     parser.add_argument("--model", type=Path, help="base model folder (default: the demo's, prepared if need be)")
     parser.add_argument("--dtype", default=None, help="default: bfloat16 where the CPU has it, else float32")
@@ -271,8 +275,11 @@ def main() -> None:
     parser.add_argument("--plot", nargs="?", type=Path, const=ROOT / "docs" / "scale.svg", help="draw the record")
     args = parser.parse_args()
     if args.quick:
-        args.sizes, args.rounds, args.requests, args.cold, args.starts = [20, 200], 1, 8, 20, 1
+        args.sizes, args.requests, args.cold = [20, 200], 8, 20
+        args.rounds, args.starts = min(args.rounds, 1), min(args.starts, 1)
     args.sizes = sorted(set(args.sizes))
+    if args.sizes[0] < 4:
+        parser.error("--sizes are at least 4")
     stop_on_termination()
 
     model = args.model or default_model()
@@ -284,8 +291,8 @@ def main() -> None:
     ):
         bench = Bench(args, model, Path(scratch), progress)
         bench.write_collections()
-        served = bench.serve()
-        starts = bench.start()
+        served = bench.serve() if args.rounds else []
+        starts = bench.start() if args.starts else {}
     goals = goals_of(served, starts)
     print_tables(served, starts, goals)
     record = {
@@ -308,9 +315,9 @@ def main() -> None:
     append_line(args.results, record)
     print(f"appended to {args.results}")
     if args.plot:
-        from plot_scale import plot
+        from plot_scale import newest, plot
 
-        print(f"drawn in {plot(record, args.plot)}")
+        print(f"drawn in {plot(newest(args.results, quick=args.quick), args.plot)}")
 
 
 if __name__ == "__main__":

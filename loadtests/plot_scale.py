@@ -1,10 +1,11 @@
-"""The last record of `results/bench_scale.jsonl`: throughput, first tokens, start-up and memory over adapters known."""
+"""`results/bench_scale.jsonl` as a picture: throughput, first tokens, start-up and memory over adapters known."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,37 @@ RESULTS = ROOT / "loadtests" / "results" / "bench_scale.jsonl"
 PICTURE = ROOT / "docs" / "scale.svg"
 
 
-def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
+@dataclass(frozen=True)
+class Figures:
+    """What is drawn. served: of each size, the smallest first. starts: by size, and ``base``."""
+
+    served: list[dict[str, Any]]
+    starts: dict[str, dict[str, list[float]]]
+
+
+def newest(results: Path, *, quick: bool = False) -> Figures:
+    """The newest figures of each size, and the newest starts: those of different runs are not comparable.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    lines = results.read_text().splitlines() if results.exists() else []
+    records = [record for record in map(json.loads, filter(None, lines)) if record["quick"] <= quick]
+    served = {s["adapters"]: s for record in records for s in record["served"]}
+    starts = [record["starts"] for record in records if record["starts"]]
+    if not served:
+        raise SystemExit(f"{results}: no record to draw; run `make bench-scale` first")
+    return Figures([served[adapters] for adapters in sorted(served)], starts[-1] if starts else {})
+
+
+def plot(figures: Figures, file: Path = PICTURE) -> Path:
     """Four panels over the number of adapters, on a logarithmic scale."""
-    served = record["served"]
+    served = figures.served
     sizes = [s["adapters"] for s in served]
     with SavedFigure(file, 9, 6, nrows=2, ncols=2) as ((rate, first), (start, memory)):
         _throughput(rate, served, sizes)
         _first_tokens(first, served, sizes)
-        _start_ups(start, record["starts"])
+        _start_ups(start, figures.starts)
         kinds = {"file": ("mapped files", GREEN), "anonymous": ("the processes' own", BLUE)}
         for kind, (label, colour) in kinds.items():
             values = [sum(m[kind] for m in s["memory_bytes"].values()) / 1e9 for s in served]
@@ -81,11 +105,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("-o", "--output", type=Path, default=PICTURE)
     args = parser.parse_args()
-    lines = args.results.read_text().splitlines() if args.results.exists() else []
-    records = [record for record in map(json.loads, filter(None, lines)) if not record["quick"]]
-    if not records:
-        raise SystemExit(f"{args.results}: no record to draw; run `make bench-scale` first")
-    print(f"drawn in {plot(records[-1], args.output)}")
+    print(f"drawn in {plot(newest(args.results), args.output)}")
 
 
 if __name__ == "__main__":

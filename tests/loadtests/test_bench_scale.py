@@ -147,3 +147,20 @@ def test_a_request_that_fails_ends_the_run(bench_scale, monkeypatch, tmp_path, m
     monkeypatch.setattr(sys.modules[__name__], "every_token", broken)
     with pytest.raises(JDLoRAError, match="0 of 48 tokens: http 500"):
         run(bench_scale, monkeypatch, tmp_path, "--model", str(model), "--sizes", "5", "--starts", "0")
+
+
+def test_the_parts_can_be_measured_apart_and_are_drawn_together(bench_scale, monkeypatch, tmp_path, model):
+    from plot_scale import newest
+
+    flags = ("--model", str(model), "--requests", "4", "--cold", "5")
+    run(bench_scale, monkeypatch, tmp_path, *flags, "--sizes", "5", "20", "--rounds", "2", "--starts", "0")
+    results = tmp_path / "scale.jsonl"
+    first = results.read_text()
+    results.unlink()
+    Instant.made = []
+    record = run(bench_scale, monkeypatch, tmp_path, *flags, "--sizes", "5", "30", "--rounds", "0", "--starts", "1")
+    assert record["served"] == [] and set(record["starts"]) == {"base", "5", "30"}
+    assert len(Instant.made) == 3 + 3  # each once for the caches
+    results.write_text(first + results.read_text())
+    figures = newest(results)
+    assert [s["adapters"] for s in figures.served] == [5, 20] and figures.starts == record["starts"]
