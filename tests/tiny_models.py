@@ -34,7 +34,6 @@ _EXPERTS = {
     "norm_topk_prob": True,
     "mlp_only_layers": [],
 }
-
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _HEAD),
     "mistral": ("MistralConfig", {**_HEAD, "sliding_window": None}),
@@ -66,6 +65,13 @@ def write_model(folder: Path, architecture: str) -> Path:
             parameter.data += torch.randn_like(parameter) * 0.1
     model.save_pretrained(folder)
     return folder
+
+
+def read_model(folder: str | Path) -> torch.nn.Module:
+    """What :func:`write_model` wrote, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @cache

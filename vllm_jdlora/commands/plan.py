@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,8 @@ def _of_model(args: argparse.Namespace) -> tuple[dict[str, Any], Room, dict[str,
         sigma_width=width,
     )
     room, facts = room_of(args, sizes, shapes, args.adapter_rank)
+    # All of them are there already: nothing is to be grown to.
+    room, facts = replace(room, expected=None), facts | {"adapters_expected": None}
     clusters = sorted({1, *(max(1, n // members) for members in _IN_A_CLUSTER)})
     rows = [room.row(k, rank) | {"method": "full", "relative_error": None} for rank in _RANKS for k in clusters]
     smaller = [row for row in rows if row["bytes"]["disk"]["total"] < sizes.uncompressed]

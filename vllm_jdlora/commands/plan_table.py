@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_jdlora.commands import plan_traffic
 from vllm_jdlora.commands.terminal import printable, readable_bytes
+from vllm_jdlora.serving.options import SCALING_BYTES
 
 
 def print_plan(facts: dict[str, Any]) -> None:
@@ -66,6 +67,8 @@ def _print_notes(facts: dict[str, Any], show: Callable[[str], None]) -> None:
         f"on {facts['device']}: what a server allocates for all of them, with the slots of plain adapters; each also "
         "takes on the host what its Σ takes on disk"
     )
+    if any(row["bytes"]["device"]["each_adapter"] * facts["adapters"] > SCALING_BYTES for row in facts["choices"]):
+        show(f"more than {readable_bytes(SCALING_BYTES)} of Σ are resident only with --jd-scaling-slots")
     if facts["unknown_slices"]:
         show(
             f"without the size of {len(facts['unknown_slices'])} slices that vLLM wraps with these, first "

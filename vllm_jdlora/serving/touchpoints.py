@@ -198,6 +198,13 @@ REGISTER: tuple[Touchpoint, ...] = (
         ("self",),
     ),
     Touchpoint(
+        "vllm.model_executor.layers.fused_moe.layer",
+        "FusedMoEConfig",
+        "wrap",
+        "while a model is loaded: experts are built as without LoRA, which they never carry",
+        ("is_lora_enabled",),
+    ),
+    Touchpoint(
         "vllm.v1.worker.lora_model_runner_mixin",
         "LoRAModelRunnerMixin.load_lora_model",
         "override",

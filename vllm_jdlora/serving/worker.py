@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving import step_requests, touchpoints
+from vllm_jdlora.serving import expert_layers, step_requests, touchpoints
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -32,7 +33,8 @@ class JDWorker(PlatformWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         from vllm_jdlora.serving.worker_manager import JDWorkerLoRAManager
 
-        result = super().load_model(*args, **kwargs)
+        with expert_layers.built_without_lora():
+            result = super().load_model(*args, **kwargs)
         manager = getattr(self.model_runner, "lora_manager", None)
         if not isinstance(manager, JDWorkerLoRAManager):
             raise JDLoRAError(
@@ -63,5 +65,16 @@ def _load_lora_model(runner: Any, model: torch.nn.Module, vllm_config: Any, devi
 
     if not supports_lora(model):
         raise JDLoRAError(f"{type(model).__name__} does not support LoRA in vLLM")
+    _refuse_weights_out_of_reach(model)
     runner.lora_manager = JDWorkerLoRAManager(vllm_config, device, model.embedding_modules)
     return runner.lora_manager.create_lora_manager(model, vllm_config)
+
+
+def _refuse_weights_out_of_reach(model: torch.nn.Module) -> None:
+    """vLLM's LoRA layers ask the weight for its device; int8 kernels on CPU keep it to themselves."""
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase) and getattr(module, "weight", module) is None:
+            raise JDLoRAError(
+                f"{name} is quantised in a way whose weights vLLM's LoRA layers cannot see on this platform: no LoRA "
+                "is served on it, compressed or not; take the base model unquantised or as GPTQ"
+            )
