@@ -210,7 +210,7 @@ class Bench:
 
         The cold ones are of the upper half: where not all Σ fit in the slots, those are not resident.
         """
-        familiar = own.names[:_FAMILIAR]
+        familiar = own.names[: min(_FAMILIAR, adapters // 2)]
         upper = [name for name in own.names[adapters // 2 :] if name not in own.asked]
         count = min(self.args.cold, adapters // 4)  # as many are left for the other place
         never = upper[:: len(upper) // count][:count]
