@@ -15,7 +15,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation import evaluate
 from vllm_jdlora.evaluation.evaluate import Evaluation, read_tasks
 from vllm_jdlora.evaluation.model import SwitchableModel
-from vllm_jdlora.evaluation.records import RecordFile, read_records
+from vllm_jdlora.evaluation.records import RecordFile
 from vllm_jdlora.evaluation.text_metrics import rouge_l
 from vllm_jdlora.evaluation.variant import Variant, uncompressed
 
@@ -97,7 +97,7 @@ def test_a_second_run_measures_nothing_and_a_renamed_variant_neither(evaluation,
     renamed = list(again.run([Variant("other", 500, lossy.update)]))[-1]
     assert (renamed.variant, renamed.bytes, renamed.losses) == ("other", 500, first[-1].losses)
     assert len(scored) == 6
-    assert len(read_records(evaluation.results.path)) == 8
+    assert len(RecordFile(evaluation.results.path).records) == 8
     more = Evaluation(model, adapters, evaluation.tasks, RecordFile(evaluation.results.path), max_new_tokens=LIMIT + 1)
     list(more.run([]))
     assert len(scored) == 10
@@ -111,7 +111,7 @@ def test_a_run_killed_while_it_wrote_goes_on_from_the_last_whole_record(evaluati
     scored.clear()
     again = Evaluation(model, adapters, evaluation.tasks, RecordFile(file), max_new_tokens=LIMIT)
     assert list(again.run([])) == whole
-    assert len(scored) == 2 and read_records(file) == whole
+    assert len(scored) == 2 and RecordFile(file).records == whole
 
 
 def test_a_variant_that_changes_nothing_agrees_fully_and_one_without_update_is_the_base(evaluation, adapters, scored):
@@ -138,7 +138,7 @@ def test_two_runs_over_different_adapters_share_one_file(evaluation, adapters, f
     ]
     for _ in zip(*(half.run([]) for half in halves), strict=True):
         pass
-    assert sorted((r.variant, r.adapter) for r in read_records(evaluation.results.path)) == [
+    assert sorted((r.variant, r.adapter) for r in RecordFile(evaluation.results.path).records) == [
         (variant, name) for variant in ("base", "uncompressed") for name in ("one", "two")
     ]
 

@@ -20,7 +20,7 @@ from vllm_jdlora.evaluation import evaluate
 from vllm_jdlora.evaluation.distillation import DistillationSettings, Distiller
 from vllm_jdlora.evaluation.evaluate import Evaluation, read_tasks
 from vllm_jdlora.evaluation.model import SwitchableModel
-from vllm_jdlora.evaluation.records import RecordFile, read_records
+from vllm_jdlora.evaluation.records import RecordFile
 from vllm_jdlora.evaluation.study import baselines, study
 from vllm_jdlora.evaluation.study.run import run_study
 from vllm_jdlora.evaluation.study.settings import StudySettings
@@ -124,7 +124,7 @@ def test_records_are_those_that_an_evaluation_by_hand_gives(folder, finished):
     from vllm_jdlora.evaluation.variant import of_collection
 
     expected = list(by_hand.run([of_collection(collection, "ours: 1/2")]))
-    found = {(r.variant, r.adapter): r for r in read_records(finished / "records" / "ours.jsonl")}
+    found = {(r.variant, r.adapter): r for r in RecordFile(finished / "records" / "ours.jsonl").records}
     for record in expected:
         own = found[record.variant, record.adapter]
         # Keys hold the moments that output errors are judged by, which this evaluation has not.
@@ -142,7 +142,7 @@ def test_scores_beside_truncated_adapters_count_beside_the_originals_too(folder,
         max_new_tokens=6,
     )
     expected = by_hand.measure(replace(uncompressed(cut), name="truncated: rank 2"), "c", "c")
-    records = {(r.variant, r.adapter): r for r in read_records(finished / "records" / "ranks.jsonl")}
+    records = {(r.variant, r.adapter): r for r in RecordFile(finished / "records" / "ranks.jsonl").records}
     own = records["truncated: rank 2", "c"]
     assert replace(own, key=expected.key, output_error=None) == expected
     assert 0 < own.relative_error < records["ours: rank 2", "c"].relative_error
@@ -275,7 +275,8 @@ def test_a_study_killed_anywhere_goes_on_and_nothing_is_measured_twice(folder, t
     # Each of the three kills may cost the fit of the baseline that was being measured once more.
     assert needed.count("baseline") <= work.count("baseline") <= needed.count("baseline") + 3
     for stem in parts:
-        assert read_records(broken / "records" / f"{stem}.jsonl") == read_records(whole / "records" / f"{stem}.jsonl")
+        resumed, at_once = (RecordFile(output / "records" / f"{stem}.jsonl").records for output in (broken, whole))
+        assert resumed == at_once
     assert (broken / "summary.json").read_text() == (whole / "summary.json").read_text().replace(
         str(whole), str(broken)
     )

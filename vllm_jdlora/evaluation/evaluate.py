@@ -15,7 +15,7 @@ from vllm_jdlora.adapter import Adapter
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.model import SwitchableModel
 from vllm_jdlora.evaluation.output_error import digest, error
-from vllm_jdlora.evaluation.records import Record, RecordFile
+from vllm_jdlora.evaluation.records import Record, RecordFile, mean
 from vllm_jdlora.evaluation.scoring import MAX_NEW_TOKENS, Score, score
 from vllm_jdlora.evaluation.tasks import END_OF_TURN, Task, read_task
 from vllm_jdlora.evaluation.text_metrics import rouge_l
@@ -87,8 +87,8 @@ class Evaluation:
             variant=variant.name,
             bytes=variant.bytes,
             adapters=len(self.adapters),
-            agreement=_mean(agrees),
-            agreement_with_base=_mean(with_base),
+            agreement=mean(agrees),
+            agreement_with_base=mean(with_base),
             agrees=agrees,
         )
         self.results.add(record)
@@ -141,8 +141,8 @@ class Evaluation:
             **self._errors(update, original),
             loss=sum(s.loss * s.tokens for s in scores) / tokens,
             token_accuracy=sum(s.correct for s in scores) / tokens,
-            exact_match=_mean(exact),
-            rouge_l=_mean(rouge),
+            exact_match=mean(exact),
+            rouge_l=mean(rouge),
             agreement=None,
             agreement_with_base=None,
             losses=[round(s.loss, 6) for s in scores],
@@ -200,7 +200,3 @@ def read_tasks(folder: Path, adapters: Sequence[Adapter], limit: int | None = No
 
 def _same(texts: Sequence[str], others: Sequence[str]) -> list[int]:
     return [int(a == b) for a, b in zip(texts, others, strict=True)]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

@@ -69,9 +69,9 @@ def first_items(record: Record, count: int | None, *, answers: bool = True) -> R
         record,
         loss=sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens),
         token_accuracy=sum(correct) / sum(tokens),
-        exact_match=_mean(exact),
-        rouge_l=_mean(rouge),
-        agreement=_mean(agrees),
+        exact_match=mean(exact),
+        rouge_l=mean(rouge),
+        agreement=mean(agrees),
         agreement_with_base=None,
         losses=losses,
         tokens=tokens,
@@ -81,6 +81,12 @@ def first_items(record: Record, count: int | None, *, answers: bool = True) -> R
         agrees=agrees,
         answers=record.answers[:few],
     )
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of the values there are; None where there is none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 class RecordFile:
@@ -123,11 +129,6 @@ class RecordFile:
             append_line(self.path, asdict(record))
 
 
-def read_records(path: Path) -> list[Record]:
-    """All records of a results file, oldest first."""
-    return RecordFile(path).records
-
-
 def append_line(path: Path, value: Any) -> None:
     """One more line of JSON. Raises JDLoRAError where the disk refuses."""
     try:
@@ -158,10 +159,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, json.loads(line)
         except ValueError as error:
             raise JDLoRAError(f"{path}:{number}: not a line of JSON ({error})") from error
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _read(path: Path) -> Iterator[Record]:

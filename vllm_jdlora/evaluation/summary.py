@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.evaluate import UNCOMPRESSED
-from vllm_jdlora.evaluation.records import Record
+from vllm_jdlora.evaluation.records import Record, mean
 
 RESAMPLES = 2000
 _Items = Callable[[Record], tuple[Sequence[float], Sequence[float] | None]]
@@ -92,14 +92,14 @@ def _row(variant: str, pairs: list[tuple[Record, Record]], resamples: int, seed:
         adapters=len(records),
         bytes_per_adapter=records[0].bytes_per_adapter,
         share_of_bytes=records[0].bytes_per_adapter / pairs[0][1].bytes_per_adapter,
-        relative_error=_mean([r.relative_error for r in records]) or 0.0,
-        output_error=_mean([r.output_error for r in records]),
-        loss=_mean([r.loss for r in records]) or 0.0,
-        token_accuracy=_mean([r.token_accuracy for r in records]) or 0.0,
-        exact_match=_mean([r.exact_match for r in records]),
-        rouge_l=_mean([r.rouge_l for r in records]),
-        agreement=_mean([r.agreement for r in records]),
-        agreement_with_base=_mean([r.agreement_with_base for r in records]),
+        relative_error=mean([r.relative_error for r in records]) or 0.0,
+        output_error=mean([r.output_error for r in records]),
+        loss=mean([r.loss for r in records]) or 0.0,
+        token_accuracy=mean([r.token_accuracy for r in records]) or 0.0,
+        exact_match=mean([r.exact_match for r in records]),
+        rouge_l=mean([r.rouge_l for r in records]),
+        agreement=mean([r.agreement for r in records]),
+        agreement_with_base=mean([r.agreement_with_base for r in records]),
         loss_change=loss_change,
         relative_token_accuracy=ratio(_correct),
         relative_exact_match=ratio(_exact) if with_answers else None,
@@ -169,8 +169,3 @@ def _ratio(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Not a number where the uncompressed adapter scores nothing: such a draw is left out."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.asarray(others) > 0, values / np.asarray(others), np.nan)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
