@@ -11,23 +11,20 @@ at once they run in two groups, by what adapters change, each with the base in i
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench_conditions import available_bytes, commit, default_dtype, default_model, hardware, versions
+from bench_conditions import ROOT, available_bytes, conditions, default_dtype, default_model
 from bench_engine import Engine, EngineDied, Workload, stop_on_termination
 from bench_report import Group, as_json, goals_of, print_tables, ratios_of
 from bench_rows import RANK, ROWS, Row, Workplace, groups_of
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_jdlora.errors import JDLoRAError
-
-ROOT = Path(__file__).resolve().parents[1]
+from vllm_jdlora.evaluation.records import append_line
 
 
 def workloads_of(args: argparse.Namespace) -> list[Workload]:
@@ -138,10 +135,7 @@ def main() -> None:
     ratios = ratios_of(groups)
     print_tables(groups, workloads, ratios)
     record: dict[str, Any] = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **conditions(),
         "dtype": dtype,
         "model": model.name,
         "rank": RANK,
@@ -159,9 +153,7 @@ def main() -> None:
             for goal, figures in goals_of(ratios)
         },
     }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a") as f:
-        f.write(json.dumps(record) + "\n")
+    append_line(args.results, record)
     print(f"appended to {args.results}")
     if args.plot:
         from plot_bench import plot

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,12 +23,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench_conditions import ROOT, commit, hardware, now
+
+from vllm_jdlora.evaluation.records import append_line
+
 RANK = 16
 HIDDEN, KEY_VALUE = 4096, 1024
 FAMILIES, SHARED = 25, 0.75
@@ -268,9 +269,7 @@ def run(options: argparse.Namespace, n: int, layers: int, clusters: int, kind: s
         command = [sys.executable, __file__, "--one", json.dumps([asdict(spec), folder])]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     record = {"kind": kind, **json.loads(done.stdout), "machine": machine()}
-    options.output.parent.mkdir(exist_ok=True)
-    with open(options.output, "a", encoding="utf-8") as out:
-        out.write(json.dumps(record) + "\n")
+    append_line(options.output, record)
     phases = "  ".join(f"{name} {seconds:.0f}" for name, seconds in record["seconds"].items() if seconds >= 0.5)
     cpu = "  ".join(f"{name} {seconds:.0f}" for name, seconds in record["cpu_seconds"].items() if seconds >= 0.5)
     print(
@@ -288,17 +287,8 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.strip(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-    }
+    load = round(os.getloadavg()[0], 1)
+    return {"time": now(), "commit": commit(), **hardware(), "load": load, "torch": torch.__version__}
 
 
 def main() -> None:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def conditions() -> dict[str, Any]:
+    """What every record of results begins with."""
+    return {"time": now(), "commit": commit(), "hardware": hardware(), "versions": versions()}
+
+
+def now() -> str:
+    """ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def hardware() -> dict[str, Any]:

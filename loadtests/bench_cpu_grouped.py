@@ -14,16 +14,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
-from bench_conditions import commit, hardware, versions
+from bench_conditions import conditions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vllm_jdlora.evaluation.records import append_line
 from vllm_jdlora.kernels import cpu_threads
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
 from vllm_jdlora.kernels.cpu_tiles import Form
@@ -176,19 +176,14 @@ def main() -> None:
              "microseconds": round(seconds * 1e6, 1)}
         )  # fmt: skip
     record = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "hardware": hardware(),
-        "versions": versions(),
+        **conditions(),
         "dtype": args.dtype,
         "rank": RANK,
         "threads": cpu_threads.count(),
         "layers": args.layers,
         "rows": rows,
     }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_line(args.results, record)
     if args.json:
         print(json.dumps(record))
     else:

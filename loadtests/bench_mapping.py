@@ -10,19 +10,17 @@ that none is skipped as unchanged, but in the row "repeated". One JSON line goes
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from bench_conditions import commit, hardware, versions
+from bench_conditions import conditions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,6 +31,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from vllm_jdlora.evaluation.records import append_line
 from vllm_jdlora.kernels.cpu_grouped import TokenGroups
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.serving.collection_revisions import CollectionRevisions
@@ -104,6 +103,7 @@ def our_runner(requests: list[LoRARequest], plan: Callable[[np.ndarray, np.ndarr
     runner = LoRAModelRunnerMixin()
     runner.lora_manager = JDWorkerLoRAManager.__new__(JDWorkerLoRAManager)
     runner.lora_manager._adapter_manager = manager
+    runner.lora_manager._unreadable = {}
     take_over(runner)
     return runner
 
@@ -163,18 +163,13 @@ def main() -> None:
                 times = microseconds(runner, step, requests, repeats)
                 row = {"known": known, "step": step.name, "side": side}
                 rows.append(row | {"min_us": round(min(times), 1), "median_us": round(statistics.median(times), 1)})
-    line = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "hardware": hardware(),
-        "versions": versions(),
+    record = {
+        **conditions(),
         "threads": 1,
         "clusters": CLUSTERS,
         "rows": rows,
     }
-    options.results.parent.mkdir(exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(options.results, record)
     sides = list(dict.fromkeys(row["side"] for row in rows))
     table = Table("known", "median µs (least)", *sides)
     for start in range(0, len(rows), len(sides)):

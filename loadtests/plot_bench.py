@@ -8,9 +8,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench_conditions import ROOT
+
 from vllm_jdlora.evaluation.plot_style import BLUE, ORANGE, REFERENCE_COLOUR, REFERENCE_LINE, SavedFigure
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "loadtests" / "results" / "bench.jsonl"
 PICTURE = ROOT / "docs" / "bench.svg"
 _MEASURES = {"decode": BLUE, "prefill": ORANGE}

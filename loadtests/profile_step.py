@@ -22,7 +22,6 @@ from bench_rows import engine_options, jd_options
 from profile_points import LOGITS, SET_ACTIVE, STEP
 from synthetic_collections import ATTENTION, LINEAR, write_collection
 
-ROOT = Path(__file__).resolve().parents[1]
 OPERATOR = "LoRA operator"
 FORWARD = "model forward"
 
