@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.alternation import Clustering, Progress
+from vllm_jdlora.jd.one_thread import one_thread
 from vllm_jdlora.jd.problem import FactorSource, SliceProblem
 from vllm_jdlora.jd.slice_fit import Metric, SliceFit, SliceRecipe, fit_slice
 
@@ -124,7 +124,7 @@ class Slices(Sequence[SliceProblem]):
     def plain(self, index: int) -> SliceProblem:
         """The slice's adapters as they are."""
         name = self.names[index]
-        with _one_thread():
+        with one_thread():
             factors = self._source.factors(index)
             if len(factors) != self._source.n:
                 raise JDLoRAError(f"slice {name}: factors of {len(factors)} adapters, expected {self._source.n}")
@@ -145,18 +145,6 @@ def mean_energies(problems: Iterable[SliceProblem], n: int, *, absolute: bool) -
         held[members] += 1
     energies = energy / held.clamp_min(1)
     return (energies * energies[held > 0].mean()).sqrt() if absolute and held.any() else energies
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For many small products: 1,000 adapters of 7B size are stacked in 1 s by one thread, and in 11 to 79 s by two
-    when another process wants the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import torch
@@ -19,6 +18,7 @@ from vllm_jdlora.jd.exchange import (
     improve_in_bulk,
     labels_of,
 )
+from vllm_jdlora.jd.one_thread import one_thread
 from vllm_jdlora.jd.problem import SliceProblem
 from vllm_jdlora.jd.start import balanced_groups, candidate_starts, similarities, similarity_of
 
@@ -70,19 +70,6 @@ def single_member_clusters(labels: Tensor, clusters: int) -> list[int]:
     return (torch.bincount(labels, minlength=clusters) == 1).nonzero()[:, 0].tolist()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small matrices gain nothing from a second thread, lose up to tenfold where it has to wait for a busy core, and
-    in one thread the result does not depend on the number of threads either.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Search:
     """What searches for different numbers of clusters on the same probe slices have in common, computed once."""
 
@@ -99,7 +86,7 @@ class Search:
             return torch.zeros(self._n, dtype=torch.int64)
         if clusters >= self._n:
             return torch.arange(self._n)
-        with _one_thread():
+        with one_thread():
             roughly = effort == 0 and self._n > _FEW
             labels = self._compared(rank, clusters) if roughly else self._searched(rank, clusters, report, effort)
         report("start", _TICKS, _TICKS)
