@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from vllm_jdlora.collection.members import Member, MemberSource, bound_surrogate
 from vllm_jdlora.collection.own_metric import MetricOfSlice, orthonormal, seen_by_cluster
 from vllm_jdlora.collection.quantize import cast_of
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.jd.alternation import Clustering, reassign, refit
+from vllm_jdlora.jd.alternation import Clustering, refit, settle
 from vllm_jdlora.jd.certificate import Certificate, certify_clusters
 from vllm_jdlora.jd.clustering import weighted_slices
 from vllm_jdlora.jd.passes import Slices
@@ -71,17 +71,13 @@ def settled(
     ]
     k = old.manifest.clusters
     state = replace(Clustering.unfitted(labels, k), u=[u for u, _ in bases], v=[v for _, v in bases])
-    accepted: Clustering | None = None
-    for done in range(_ROUNDS):
-        report("assign", done, _ROUNDS)
-        fitted = refit(problems, state, old.manifest.rank, _PROBE_SWEEPS, _quiet)
-        if accepted is not None and fitted.objective[-1] > accepted.objective[-1]:
-            state = accepted
-            break
-        accepted = fitted
-        state = reassign(fitted)
-        if not state.changed:
-            break
+
+    def rounds() -> Iterator[int]:
+        for done in range(_ROUNDS):
+            report("assign", done, _ROUNDS)
+            yield done
+
+    state, accepted = settle(problems, state, old.manifest.rank, _PROBE_SWEEPS, _quiet, rounds())
     report("assign", _ROUNDS, _ROUNDS)
     if k == 1 or accepted is None:
         return state.cluster

@@ -5,7 +5,7 @@ Paper, Appendix A.3, over any sequence of slices: all of a collection's, or the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,6 +110,30 @@ def reassign(state: Clustering) -> Clustering:
     return replace(state, cluster=cluster, changed=changed)
 
 
+def settle(
+    slices: Sequence[SliceProblem],
+    state: Clustering,
+    rank: int,
+    max_sweeps: int,
+    report: Progress,
+    rounds: Iterable[object],
+) -> tuple[Clustering, Clustering | None]:
+    """Refit and reassign, a round for each item of `rounds`, until no adapter moves or a refit raises the objective.
+
+    Returns the labels that came out, and the last refit that was no worse than the one before; None without a round.
+    """
+    accepted: Clustering | None = None
+    for _ in rounds:
+        fitted = refit(slices, state, rank, max_sweeps, report)
+        if accepted and fitted.objective[-1] > accepted.objective[-1]:
+            return accepted, accepted
+        accepted = fitted
+        state = reassign(fitted)
+        if not state.changed:
+            break
+    return state, accepted
+
+
 def alternate(
     slices: Sequence[SliceProblem],
     cluster: Tensor,
@@ -124,17 +148,9 @@ def alternate(
 
     The last refit runs to convergence. The objective never rises: a refit that raised it would be dropped.
     """
-    state = Clustering.unfitted(cluster, clusters)
-    accepted: Clustering | None = None
-    for _ in range(max_rounds - 1):
-        fitted = refit(slices, state, rank, min(max_sweeps, _SWEEPS_WHILE_MOVING), report)
-        if accepted and fitted.objective[-1] > accepted.objective[-1]:
-            state = accepted
-            break
-        accepted = fitted
-        state = reassign(fitted)
-        if not state.changed:
-            break
+    unfitted = Clustering.unfitted(cluster, clusters)
+    sweeps = min(max_sweeps, _SWEEPS_WHILE_MOVING)
+    state, accepted = settle(slices, unfitted, rank, sweeps, report, range(max_rounds - 1))
     converged = refit(slices, replace(state, changed=list(range(clusters))), rank, max_sweeps, report)
     if accepted and converged.objective[-1] > accepted.objective[-1]:
         return accepted
