@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_jdlora.commands.byte_budget import byte_budget
 from vllm_jdlora.commands.inspect import print_report
 from vllm_jdlora.commands.moments_argument import moments_from
-from vllm_jdlora.commands.terminal import positive, progress_bars
+from vllm_jdlora.commands.terminal import positive, progress_bars, refuse_existing
 from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def _check(args: argparse.Namespace) -> None:
         raise JDLoRAError("give --preset or --max-bytes, not both")
     if args.calibration is not None and args.metric == "frobenius":
         raise JDLoRAError("--calibration is for --metric activation or fisher")
-    if args.output.exists() and not args.force:
-        raise JDLoRAError(f"{args.output}: exists already; choose another name or give --force to replace it")
+    refuse_existing(args.output, args.force)
 
 
 def _paper_size(adapters: list[Adapter], seed: int, show: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_jdlora.commands.terminal import positive, printable, progress_bars
+from vllm_jdlora.commands.terminal import positive, printable, progress_bars, refuse_existing
 from vllm_jdlora.errors import JDLoRAError
 
 
@@ -41,8 +41,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.output.exists() and not args.force:
-        raise JDLoRAError(f"{args.output}: exists already; choose another name or give --force to replace it")
+    refuse_existing(args.output, args.force)
     try:
         from vllm_jdlora.collection.second_moments import SecondMoments
         from vllm_jdlora.evaluation.distil_collection import distil_collection

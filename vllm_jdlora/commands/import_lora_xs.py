@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.commands.inspect import print_report
-from vllm_jdlora.commands.terminal import progress_bars
-from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.commands.terminal import progress_bars, refuse_existing
 
 
 def add_to(commands: Any) -> None:
@@ -29,8 +28,7 @@ def add_to(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from vllm_jdlora.collection.lora_xs import import_lora_xs
 
-    if args.output.exists() and not args.force:
-        raise JDLoRAError(f"{args.output}: exists already; choose another name or give --force to replace it")
+    refuse_existing(args.output, args.force)
     with progress_bars() as show:
         collection = import_lora_xs(
             args.adapters,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_jdlora.commands.moments_argument import add_calibration, moments_of_collection
-from vllm_jdlora.commands.terminal import printable, progress_bars
+from vllm_jdlora.commands.terminal import printable, progress_bars, refuse_existing
 from vllm_jdlora.errors import JDLoRAError
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def _run(args: argparse.Namespace) -> int:
         raise JDLoRAError(f"--max-error is an error between 0 and 1, not {args.max_error:g}")
     if args.output is None and not args.dry_run:
         raise JDLoRAError("give -o NEW for the refreshed collection, or --dry-run")
-    if args.output is not None and args.output.exists() and not args.force and not args.dry_run:
-        raise JDLoRAError(f"{args.output}: exists already; choose another name or give --force to replace it")
+    if args.output is not None and not args.dry_run:
+        refuse_existing(args.output, args.force)
     adapters, _ = read_adapters(args.adapters)
     with progress_bars() as show:
         old = Collection.open(args.collection, verify=False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from vllm_jdlora.errors import JDLoRAError
 
 
 def printable(text: str) -> str:
@@ -52,6 +55,12 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+
+
+def refuse_existing(output: Path, force: bool) -> None:
+    """Raise JDLoRAError where the output is there and not to be replaced: before the work, which takes minutes."""
+    if output.exists() and not force:
+        raise JDLoRAError(f"{output}: exists already; choose another name or give --force to replace it")
 
 
 def positive(text: str) -> int:
