@@ -141,10 +141,15 @@ def serve(
         in_collection = dict(zip(slices.targets.values(), stored, strict=True))
         manifest = SimpleNamespace(quantize=eight_bit)
         reader = BaseReader(SimpleNamespace(manifest=manifest, quantized_basis=in_collection.__getitem__), slices)
+
+        def put_in_slot(cluster: int, slot: int) -> None:
+            reader.into_8_bits(cluster, slot, {name: layer}, {name: packed} if packed else {})
+
         for cluster in range(CLUSTERS):
-            reader.into_8_bits(cluster, cluster, {name: layer}, {name: packed} if packed else {})
+            put_in_slot(cluster, cluster)
     x = rand(MAX_TOKENS, d_in).to(DEVICE)
     served = SimpleNamespace(layer=layer, wrapper=wrapper, config=config, u=u, v=v, sigma=sigma, x=x, widths=widths)
+    served.put_in_slot = put_in_slot if eight_bit else None
     _alive.append(served)
     return served
 
@@ -243,6 +248,27 @@ def test_clusters_of_8_bits_beside_a_plain_adapter_equal_the_reference(name, eig
     x = served.x[:13]
     set_step(served.wrapper, MIXED)
     assert_equals_reference(served, run_layer(served, x), base_output(served, x), x, MIXED, 2.0**-11)
+
+
+@pytest.mark.parametrize("eight_bit", [None, "int8"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_bases_that_change_places_count_in_the_next_step(name, eight_bit):
+    """As base slots are refilled: in buffers that stay where they are, below tables and plans that know addresses."""
+    served = serve(name, eight_bit=eight_bit)
+    x = served.x[:13]
+    y_base = base_output(served, x)
+    set_step(served.wrapper, MIXED)
+    assert_equals_reference(served, run_layer(served, x), y_base, x, MIXED, 2.0**-11)
+    for slot, cluster in ((0, 2), (2, 0)):
+        if eight_bit:
+            served.put_in_slot(cluster, slot)
+        else:
+            v, u = [part[cluster] for part in served.v], [part[cluster] for part in served.u]
+            served.layer.set_lora(slot, *((v, u) if len(v) > 1 else (v[0], u[0])))
+    order = [2, 1, 0, PLAIN]
+    served.u, served.v = [part[order] for part in served.u], [part[order] for part in served.v]
+    set_step(served.wrapper, MIXED)
+    assert_equals_reference(served, run_layer(served, x), y_base, x, MIXED, 2.0**-11)
 
 
 @pytest.mark.parametrize("name", ["qkv_proj", "down_proj"])  # vLLM shards gate_up_proj only from TP 2 on

@@ -20,13 +20,15 @@ def layout(order: list[int], covered: list[int]) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-@pytest.mark.parametrize("rank", [6, WIDTH])
-def test_each_slice_lies_in_the_corner_of_its_row_and_all_else_is_zero(diagonal, rank):
+@pytest.mark.parametrize(
+    ("rank", "order", "covered"),
+    [(rank, *layout) for rank in (6, WIDTH) for layout in (([2, 0, 1], [0, 1, 4]), ([4, 2, 0, 1, 3], [0, 1, 2, 3, 4]))],
+)
+def test_each_slice_lies_in_the_corner_of_its_row_and_all_else_is_zero(diagonal, rank, order, covered):
     buffer = made(diagonal, torch.bfloat16)
-    order, covered = [2, 0, 1], [0, 1, 4]
     buffer.lay_out(layout(order, covered), rank)
     matrix = (rank,) if diagonal else (rank, rank)
-    stored = torch.randn(3, *matrix).half()
+    stored = torch.randn(len(order), *matrix).half()
     buffer.write(1, stored, "a")
     expected = torch.zeros_like(buffer.sigma[0])
     for index, row in zip(order, covered, strict=True):
@@ -63,6 +65,14 @@ def test_damaged_scalings_are_refused_and_leave_the_slot_as_it_was(bad):
     with pytest.raises(JDLoRAError, match="rank 8"):
         buffer.write(0, good[:, :4, :4], "small")
     assert torch.equal(buffer.sigma[0, :2], good)
+
+
+def test_large_scalings_whose_sum_overflows_are_served():
+    buffer = made()
+    buffer.lay_out(layout([0, 1], [0, 1]), WIDTH)
+    large = torch.full((2, WIDTH, WIDTH), 3e38)
+    buffer.write(0, large, "large")
+    assert torch.equal(buffer.sigma[0, :2], large)
 
 
 class Stream:
