@@ -1,9 +1,9 @@
 """What Figure 1 consists of: its series, the numbers of adapters, and the rank, clusters and slots of every point.
 
-R and K are one rule: JD-Full of rank 16 with a cluster for every four adapters. That is what holds, for the real
-adapters that this repository measures with (README: an eighth of the bytes with 8-bit bases), a mean relative error of
-about a quarter, and it holds it for any number of adapters, even if no new one shares anything with those that are
-there: blocks of 32, compressed one by one, are such a collection. Where newcomers share directions fewer clusters do.
+R and K are one rule: JD-Full of rank 16 with a cluster for every four adapters. The first 4, 8, 16 and 32 of the real
+adapters that this repository measures with then have a mean relative error of 0.19, 0.18, 0.18 and 0.21 (largest 0.25).
+The rule holds that for any number, even if no newcomer shares anything with those that are there: blocks of 32,
+compressed one by one, are such a collection. Where newcomers share directions fewer clusters do.
 """
 
 from __future__ import annotations
