@@ -34,6 +34,7 @@ INT8 = {
     },
 }
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 # The model runs in fp16.
 TOLERANCE = 0.05
 
@@ -45,23 +46,35 @@ def to_8_bits(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor],
     return {f"{name}.weight": steps.to(torch.int8), f"{name}.weight_scale": scale}, steps * scale
 
 
-def to_4_bits(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """GPTQ's tensors for one weight, eight numbers in an int32 along d_in, and what they stand for."""
+def in_steps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of 4 bits: numbers 0..15 [d_in, d_out], scales fp16 [groups, d_out], and what both stand for [d_out, d_in]."""
     d_out, d_in = weight.shape
     grouped = weight.view(d_out, d_in // GROUP, GROUP)
     scale = (grouped.abs().amax(2, keepdim=True) / 7).half().float()
     steps = (grouped / scale).round().clamp(-8, 7)
-    meant = (steps * scale).view(d_out, d_in)
-    numbers = (steps.view(d_out, d_in).T + 8).to(torch.int64)  # [d_in, d_out], 0..15
-    shifts = 4 * torch.arange(8)
-    packed = (numbers.view(d_in // 8, 8, d_out) << shifts[:, None]).sum(1)
-    tensors = {
-        f"{name}.qweight": as_int32(packed),
-        f"{name}.qzeros": as_int32(torch.full((d_in // GROUP, d_out // 8), 0x77777777)),
-        f"{name}.scales": scale[:, :, 0].T.contiguous().half(),
-        f"{name}.g_idx": torch.arange(d_in, dtype=torch.int32) // GROUP,
-    }
-    return tensors, meant
+    numbers = (steps.view(d_out, d_in).T + 8).to(torch.int64)
+    return numbers, scale[:, :, 0].T.contiguous().half(), (steps * scale).view(d_out, d_in)
+
+
+def to_gptq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """GPTQ's tensors for one weight [d_out, d_in], eight numbers of one output in an int32; and what they stand for."""
+    d_out, d_in = weight.shape
+    numbers, scales, meant = in_steps(weight)
+    packed = (numbers.view(d_in // 8, 8, d_out) << 4 * torch.arange(8)[:, None]).sum(1)
+    zeros = torch.full((d_in // GROUP, d_out // 8), 0x77777777)  # 8, less one
+    tensors = {"qweight": as_int32(packed), "qzeros": as_int32(zeros), "scales": scales}
+    tensors["g_idx"] = torch.arange(d_in, dtype=torch.int32) // GROUP
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}, meant
+
+
+def to_awq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """AWQ's tensors for one weight [d_out, d_in], eight outputs in an int32, even ones first; what they stand for."""
+    d_out, d_in = weight.shape
+    numbers, scales, meant = in_steps(weight)
+    packed = (numbers.view(d_in, d_out // 8, 8)[:, :, [0, 2, 4, 6, 1, 3, 5, 7]] << 4 * torch.arange(8)).sum(2)
+    zeros = torch.full((d_in // GROUP, d_out // 8), 0x88888888)
+    tensors = {"qweight": as_int32(packed), "qzeros": as_int32(zeros), "scales": scales}
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}, meant
 
 
 def as_int32(numbers: torch.Tensor) -> torch.Tensor:
@@ -86,7 +99,8 @@ def quantised_model(source: Path, folder: Path, config: dict, quantise) -> tuple
 def served(tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("quantised")
     files = write_files(root, "llama")
-    kinds = {"int8": (INT8, to_8_bits, {}), "gptq": (GPTQ, to_4_bits, {"dtype": "float16"})}
+    half = {"dtype": "float16"}
+    kinds = {"int8": (INT8, to_8_bits, {}), "gptq": (GPTQ, to_gptq, half), "awq": (AWQ, to_awq, half)}
     jobs = {}
     for kind, (config, quantise, options) in kinds.items():
         model, meant = quantised_model(Path(files["model"]), root / kind, config, quantise)
@@ -103,8 +117,9 @@ def test_int8_activations_are_refused_where_the_kernel_hides_the_weights(served)
     assert "vLLM's LoRA layers cannot see on this platform" in served["int8"]["result"]["error"]
 
 
-def test_answers_equal_an_adapter_on_the_weights_that_the_quantised_ones_stand_for(served):
-    files = served["gptq"]
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_answers_equal_an_adapter_on_the_weights_that_the_quantised_ones_stand_for(served, kind):
+    files = served[kind]
     answers = engines.answered(files["result"])["answers"]
     model = tiny_models.read_model(files["model"])
     for layer, weight in files["meant"].items():
