@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
@@ -22,40 +21,20 @@ from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, expand_tile, shri
 # Bytes of bases between what is multiplied and what is fetched.
 _AHEAD = 8 << 10
 
-
-class Field(IntEnum):
-    """Parameters of a layer, int64 each: addresses, strides in bytes, sizes."""
-
-    X = 0
-    X_STRIDE = 1
-    Y = 2
-    Y_STRIDE = 3
-    PLAN = 4
-    SCRATCH = 5
-    SCRATCH_STRIDE = 6
-    BASES = 7
-    CLUSTER = 8
-    V_BLOCK = 9
-    ROWS_OF_V = 10
-    D_IN = 11
-    TURNS = 12
-    SIGMA = 13
-    SIGMA_SLOT = 14
-    DIAGONAL = 15
-    RANK = 16
-    SLICES = 17
-    SLICE_TABLE = 18
-
-
+# Parameters of a layer, int64 each: addresses, strides in bytes, sizes. AT_…: bytes from a thread's scratch, which
+# begins with the addresses of rows of x and of y, to its own x, h, g and a row of y for tokens that are not there.
 # numba reads module-level numbers as constants; with members of an enumeration it compiled for minutes.
+FIELDS = 23
 (
-    X, X_STRIDE, Y, Y_STRIDE, PLAN, SCRATCH, SCRATCH_STRIDE, BASES, CLUSTER, V_BLOCK,
+    X, X_STRIDE, Y, Y_STRIDE, PLAN, SCRATCH, SCRATCH_STRIDE, AT_X, AT_H, AT_G, AT_Y, BASES, CLUSTER, V_BLOCK,
     ROWS_OF_V, D_IN, TURNS, SIGMA, SIGMA_SLOT, DIAGONAL, RANK, SLICES, SLICE_TABLE,
-) = map(int, Field)  # fmt: skip
+) = range(FIELDS)  # fmt: skip
 # Addresses in a plan.
 PLAN_TOKENS, PLAN_SLOTS, PLAN_TILE_START, PLAN_TILE_COUNT, PLAN_TILE_CLUSTER, PLAN_SPLIT = range(6)
 # Of each slice: bytes from a cluster's bases to its U, from block to block, d_out.
 _PER_SLICE = 3
+# Bytes of the addresses of a tile's rows.
+_ROWS_BYTES = 8 * TOKENS[-1]
 
 
 @lru_cache
@@ -72,18 +51,12 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
     apply_sigma, scale = sigma_tile(form, few, False), sigma_tile(form, few, True)
     rows1, rows2, rows4 = (form.rows(tokens) for tokens in TOKENS)
     pairs, half = form.pairs, form.stored == torch.bfloat16
-    width = 2 if half else 4
-    x_width = 2 if pairs else 4
+    width = form.stored.itemsize
+    x_width = g_width = 2 if pairs else 4
     step, vector_bytes = form.step, form.vector_bytes
-    fields = len(Field)
     thread_number, on_all = cpu_threads.thread_number(), cpu_threads.on_all()
-    jit = numba.njit(error_model="numpy", fastmath=True, inline="always")
 
-    @jit
-    def line(size: int) -> int:
-        return (size + 63) // 64 * 64
-
-    @jit
+    @numba.njit(error_model="numpy", fastmath=True, inline="always")
     def read(address: int, index: int) -> Any:
         """A number of x, y, U as fp32."""
         if half:
@@ -92,7 +65,7 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
 
     @numba.cfunc(numba.types.void(numba.types.voidptr), error_model="numpy", fastmath=True)
     def run(data: Any) -> None:
-        p = carray(data, fields, int64)
+        p = carray(data, FIELDS, int64)
         plan = carray(address_as_pointer(p[PLAN]), 6, int64)
         big = 1 << 40
         tokens = carray(address_as_pointer(plan[PLAN_TOKENS]), big, int64)
@@ -106,12 +79,10 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
         padded = turns * step
         # This thread's scratch.
         at_rows = p[SCRATCH] + thread * p[SCRATCH_STRIDE]
-        at_x = at_rows + line(16 * 4)
-        at_h = at_x + line(4 * padded * x_width)
-        at_g = at_h + line(4 * rows * 4)
-        at_y = at_g + line(4 * rows * 4)
+        at_x, at_h, at_g, at_y = at_rows + p[AT_X], at_rows + p[AT_H], at_rows + p[AT_G], at_rows + p[AT_Y]
+        at_y_rows = at_rows + _ROWS_BYTES
         x_rows = carray(address_as_pointer(at_rows), 4, int64)
-        y_rows = carray(address_as_pointer(at_rows + 32), 4, int64)
+        y_rows = carray(address_as_pointer(at_y_rows), 4, int64)
         g = carray(address_as_pointer(at_g), (4, rows), float32)
         g_pairs = carray(address_as_pointer(at_g), (4, 2 * rows), np.uint16)
         copied = (not pairs and half) or padded != d_in
@@ -145,6 +116,8 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
             # What the next tile reads lies behind what this one reads.
             onward = (tile_cluster[min(tile + 1, split[thread + 1] - 1)] - tile_cluster[tile] - 1) * p[CLUSTER]
             within = p[CLUSTER] - _AHEAD
+            # Three copies here and below: one loop that picks the tile inside takes 1 to 2 % longer (bases in the
+            # cache), and inlined helpers take a third longer to compile, for which a server waits when it starts.
             if size == 1:
                 for j in range(0, rows, rows1):
                     offset = j // BLOCK * p[V_BLOCK] + j % BLOCK * vector_bytes
@@ -161,7 +134,6 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
                     ahead = _AHEAD if offset < within else _AHEAD + onward
                     shrink4(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
 
-            g_width = 2 if pairs else 4
             for i in range(count):
                 sigma = p[SIGMA] + slots[start + i] * p[SIGMA_SLOT]
                 of_h, of_g = at_h + i * g_stride, at_g + i * g_stride
@@ -177,27 +149,27 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
             depth = rank // 2 if pairs else rank
             for s in range(slices):
                 u, u_block, d_out = table[s, 0], table[s, 1], table[s, 2]
-                at_g_slice = at_g + s * rank * (2 if pairs else 4)
+                of_g = at_g + s * rank * g_width
                 o = int64(0)
                 while o + vectors * lanes <= d_out:
                     offset, to = u + o // lanes * u_block, (column + o) * width
                     ahead = _AHEAD if offset < within else _AHEAD + onward
                     if size == 1:
-                        wide1(at_rows + 32, to, bases + offset, u_block, at_g_slice, g_stride, depth, ahead)
+                        wide1(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
                     elif size == 2:
-                        wide2(at_rows + 32, to, bases + offset, u_block, at_g_slice, g_stride, depth, ahead)
+                        wide2(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
                     else:
-                        wide4(at_rows + 32, to, bases + offset, u_block, at_g_slice, g_stride, depth, ahead)
+                        wide4(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
                     o += vectors * lanes
                 while o + lanes <= d_out:
                     offset, to = u + o // lanes * u_block, (column + o) * width
                     ahead = _AHEAD if offset < within else _AHEAD + onward
                     if size == 1:
-                        slim1(at_rows + 32, to, bases + offset, u_block, at_g_slice, g_stride, depth, ahead)
+                        slim1(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
                     elif size == 2:
-                        slim2(at_rows + 32, to, bases + offset, u_block, at_g_slice, g_stride, depth, ahead)
+                        slim2(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
                     else:
-                        slim4(at_rows + 32, to, bases + offset, u_block, at_g_slice, g_stride, depth, ahead)
+                        slim4(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
                     o += lanes
                 last = bases + u + o // lanes * u_block
                 while o < d_out:
@@ -222,7 +194,7 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
 
     @numba.cfunc(entry, error_model="numpy")
     def call(data: int, x: int, x_stride: int, y: int, y_stride: int, plan: int, threads: int) -> None:
-        p = carray(address_as_pointer(data), fields, int64)
+        p = carray(address_as_pointer(data), FIELDS, int64)
         p[X], p[X_STRIDE], p[Y], p[Y_STRIDE], p[PLAN] = x, x_stride * width, y, y_stride * width, plan
         on_all(address_as_pointer(body), address_as_pointer(data), threads, 0)
 

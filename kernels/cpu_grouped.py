@@ -7,6 +7,7 @@ base model are not looked at.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 
 from vllm_jdlora.kernels import cpu_body, cpu_pages, cpu_threads
-from vllm_jdlora.kernels.cpu_body import Field
 from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, lay_u, lay_v
 
 _MOST = TOKENS[-1]
@@ -129,7 +129,7 @@ class PackedLinear:
         bases = cpu_pages.zeros(clusters, sum(sizes), form.stored)
         parts = [p.unflatten(1, s) for p, s in zip(bases.split(sizes, 1), (v_shape, *u_shapes), strict=True)]
         self._v, self._u = parts[0], parts[1:]
-        self._parameters = np.zeros(len(Field), dtype=np.int64)
+        self._parameters = np.zeros(cpu_body.FIELDS, dtype=np.int64)
         self._slices = np.array(
             [
                 (u.data_ptr() - bases.data_ptr(), u.stride(1) * u.element_size(), width)
@@ -165,7 +165,7 @@ class PackedLinear:
         self._run(self._data, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
 
     def _take_scratch(self, threads: int) -> None:
-        self._parameters[Field.SCRATCH] = _scratch(self._scratch_bytes * threads)
+        self._parameters[cpu_body.SCRATCH] = _scratch(self._scratch_bytes * threads)
         self._threads = threads
 
     def _fill_in(self) -> None:
@@ -175,15 +175,28 @@ class PackedLinear:
         # Addresses of rows (x, y), x in the form that shrink takes, h, g, and a row of y for tokens that are not there.
         x_bytes = turns * self.form.step * (2 if self.form.pairs else 4)
         parts = (16 * _MOST, _MOST * x_bytes, _MOST * self._rows * 4, _MOST * self._rows * 4, sum(self.widths) * width)
-        self._scratch_bytes = sum(-(-part // _LINE) * _LINE for part in parts)
-        fields[Field.SCRATCH_STRIDE] = self._scratch_bytes
-        fields[Field.BASES], fields[Field.CLUSTER], fields[Field.V_BLOCK] = (
-            v.data_ptr(), v.stride(0) * width, v.stride(1) * width,
-        )  # fmt: skip
-        fields[Field.ROWS_OF_V], fields[Field.D_IN], fields[Field.TURNS] = self._rows, self._d_in, turns
-        fields[Field.SIGMA], fields[Field.SIGMA_SLOT] = sigma.data_ptr(), sigma.stride(0) * 4
-        fields[Field.DIAGONAL], fields[Field.RANK], fields[Field.SLICES] = sigma.ndim == 3, self.rank, len(self.widths)
-        fields[Field.SLICE_TABLE] = self._slices.ctypes.data
+        starts = list(itertools.accumulate(-(-part // _LINE) * _LINE for part in parts))
+        self._scratch_bytes = starts[-1]
+        values = {
+            cpu_body.SCRATCH_STRIDE: self._scratch_bytes,
+            cpu_body.AT_X: starts[0],
+            cpu_body.AT_H: starts[1],
+            cpu_body.AT_G: starts[2],
+            cpu_body.AT_Y: starts[3],
+            cpu_body.BASES: v.data_ptr(),
+            cpu_body.CLUSTER: v.stride(0) * width,
+            cpu_body.V_BLOCK: v.stride(1) * width,
+            cpu_body.ROWS_OF_V: self._rows,
+            cpu_body.D_IN: self._d_in,
+            cpu_body.TURNS: turns,
+            cpu_body.SIGMA: sigma.data_ptr(),
+            cpu_body.SIGMA_SLOT: sigma.stride(0) * 4,
+            cpu_body.DIAGONAL: sigma.ndim == 3,
+            cpu_body.RANK: self.rank,
+            cpu_body.SLICES: len(self.widths),
+            cpu_body.SLICE_TABLE: self._slices.ctypes.data,
+        }
+        fields[list(values)] = list(values.values())
 
 
 _held: list[torch.Tensor] = []
