@@ -35,7 +35,8 @@ def content_of(collection: Collection, name: str) -> str:
 
 class FakeEngine:
     """Attributes:
-    served: revision → collection, of those whose bases are loaded.
+    served: revision → collection, of those that a worker keeps.
+    on_these_bases: revisions whose arrivals are on the bases that are loaded.
     known: id → path, of adapters that the engine was told of or has met.
     """
 
@@ -53,6 +54,7 @@ class FakeEngine:
         self.newest = collection
         collection.sigma(0)  # as workers do: files are mapped before they may be replaced
         self.served = {collection.manifest.revision: collection}
+        self.on_these_bases = {*self.served}
         self.known: dict[int, str] = {}
         self.removed: list[int] = []
         self.calls: list[tuple] = []
@@ -79,10 +81,11 @@ class FakeEngine:
         new = Collection.open(path, verify=False)
         assert new.manifest.revision == revision
         if not new.manifest.shares_bases_with(self.newest.manifest):
-            self.served = {}
+            self.served, self.on_these_bases = {}, set()
         new.sigma(0)
         self.served.pop(revision, None)
         self.served[revision] = self.newest = new
+        self.on_these_bases.add(revision)
         for old in [*self.served][: -KEPT - 1]:
             del self.served[old]
 
@@ -104,7 +107,7 @@ class FakeEngine:
             return content_digest(Path(request.lora_path))
         if not path.arrival:
             return content_of(self.served[path.revision], path.name)
-        assert path.revision in self.served
+        assert path.revision in self.on_these_bases
         sigma = read_arrival(self.arrivals, path.arrival, self.newest.manifest)
         return hashlib.sha256(sigma.float().numpy().tobytes()).hexdigest()
 

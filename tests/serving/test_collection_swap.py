@@ -78,12 +78,12 @@ async def test_adapters_added_on_disk_are_served_after_a_reload(server, swap, ma
 
 
 @run
-async def test_an_adapter_that_never_changes_outlives_the_revisions_that_workers_keep(server, swap, made):
+async def test_an_adapter_that_never_changes_outlives_the_revisions_that_workers_keep(server, swap, made, tmp_path):
     path = server.names["f0m1"].lora_path
     await load(server, "mine", made["near"])
     paths = set()
     for i in range(KEPT + 3):
-        add_in_place(server, ("new", made["near"] if i % 2 else made["other"]))
+        add_in_place(server, ("new", write_member(tmp_path / str(i), 0, 200 + i)))
         await swap.load()
         paths.add(server.names["f0m1"].lora_path)
         for name in ("f0m1", "mine", "new", "odd"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,7 @@ class RuntimeAdapters:
             raise
 
     async def _load(
-        self, name: str, find: Any, base_model_name: str | None = None, is_3d: bool = False
+        self, name: str, find: Callable[[], Path], base_model_name: str | None = None, is_3d: bool = False
     ) -> Loaded | ErrorResponse:
         started = time.monotonic()
 
@@ -184,10 +185,9 @@ class RuntimeAdapters:
         self.names[name] = request
         seconds, placement = time.monotonic() - started, loaded.placement
         observe_load(name, "plain" if placement.sigma is None else "compressed", seconds, placement.relative_error)
-        logger.info("Loaded LoRA adapter %r in %.2f s: %s", name, seconds, placement.told)
         return loaded
 
-    def _read_and_take_in(self, name: str, find: Any) -> Loaded:
+    def _read_and_take_in(self, name: str, find: Callable[[], Path]) -> Loaded:
         return self.take_in(read_adapter(find(), name), self.collection, self.limit)
 
     def _in_directory(self, name: str) -> Path | None:
