@@ -17,7 +17,7 @@ OTHERS = [Path(folder) for folder in os.environ.get("JDLORA_VLLM_SOURCES", "").s
 """Unpacked wheels or sdists of other versions of vLLM, whose sources are checked as well."""
 
 
-@pytest.mark.parametrize("where", ["frontend", "engine", "worker", "cuda", "metrics"])
+@pytest.mark.parametrize("where", ["frontend", "engine", "worker", "cuda", "metrics", "api_server"])
 def test_the_installed_vllm_fits_the_register(where):
     touchpoints.check(where)
 
