@@ -6,7 +6,6 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,10 +15,12 @@ from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.loggers import AggregatedLoggingStatLogger, PrometheusStatLogger
-from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+from vllm.v1.metrics.stats import KV_FETCH_STAGES, IterationStats, SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from loadtests.lone_scheduler import compressed_adapter, lone_scheduler, new_request, slot_options
 from tests import tiny_llama
 from vllm_jdlora.serving import adapter_metrics
 from vllm_jdlora.serving.metrics import (
@@ -35,15 +36,12 @@ from vllm_jdlora.serving.statistics_carrier import GAUGES as CARRIED
 from vllm_jdlora.serving.statistics_carrier import (
     PER_STEP,
     TOTALS,
-    ReportingScheduler,
     WorkerReport,
     take_report,
 )
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"collection": "/c", "revision": "first", "scaling_slots": 300, "plain_slots": 4, "base_slots": 8}
-STEP = SimpleNamespace(total_num_scheduled_tokens=3)
-NO_STEP = SimpleNamespace(total_num_scheduled_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -76,38 +74,25 @@ def one_registry_for_each_test():
             REGISTRY.unregister(collector)
 
 
-class StockScheduler:
-    """What the mix-in needs of vLLM's scheduler: a step's statistics are made at its end."""
-
-    def update_from_output(self, scheduler_output, model_runner_output):
-        return self.make_stats()
-
-    def make_stats(self):
-        return SchedulerStats(num_running_reqs=1)
-
-
-class Scheduler(ReportingScheduler, StockScheduler):
-    def __init__(self):
-        self.waiting = {}
-
-    def waiting_by_reason(self):
-        return self.waiting
-
-
 class Engine:
-    """A worker's counts, a scheduler, and the wire to the API server."""
+    """A worker's counts, the real scheduler with one request that goes on and on, and the wire to the API server."""
 
-    def __init__(self):
+    def __init__(self, folder: Path, **slots):
         self.counts = {}
         self.worker = WorkerReport(lambda: self.counts)
-        self.scheduler = Scheduler()
+        self.scheduler = lone_scheduler(folder, slot_options(**slots))
+        self.ask(0)
 
-    def step(self, step=STEP, **names) -> SchedulerStats:
+    def ask(self, adapter: int) -> None:
+        self.scheduler.add_request(new_request(compressed_adapter(adapter, cluster=0), answer=2000))
+
+    def step(self, **names) -> SchedulerStats:
         """A step's statistics as an API server gets them; it then enters running and waiting names, as vLLM does."""
-        output = self.worker.attach(ModelRunnerOutput(req_ids=["r"], req_id_to_index={"r": 0}))
-        stats = self.scheduler.update_from_output(step, output)
-        wire = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
-        received = MsgpackDecoder(EngineCoreOutputs).decode(wire).scheduler_stats
+        scheduled = self.scheduler.schedule()
+        ids = list(scheduled.num_scheduled_tokens)
+        tokens = ModelRunnerOutput(ids, {name: n for n, name in enumerate(ids)}, [[2] for _ in ids])
+        [outputs] = self.scheduler.update_from_output(scheduled, self.worker.attach(tokens)).values()
+        received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(outputs)).scheduler_stats
         received.running_lora_adapters.update(names.get("running", {}))
         received.waiting_lora_adapters.update(names.get("waiting", {}))
         return received
@@ -154,21 +139,21 @@ def test_every_count_of_a_worker_that_travels_has_a_metric():
     assert PER_STEP == ("clusters_in_step",)
 
 
-def test_counts_of_worker_and_scheduler_reach_the_page(compressing):
+def test_counts_of_worker_and_scheduler_reach_the_page(compressing, tmp_path):
     logger = JDPrometheusLogger(compressing, [0, 1])
-    engine = Engine()
+    engine = Engine(tmp_path, scaling_slots=1)
     engine.counts = {"resident": 7, "sigma_swaps": 9, "sigma_bytes": 900, "clusters_in_step": 3, "steps": 1}
-    engine.scheduler.waiting = {"base_slot": 2, "other": 5}
+    engine.ask(1)
+    engine.ask(2)
     record(logger, engine.step(), engine_idx=1)
     engine.counts |= {"sigma_swaps": 11, "sigma_bytes": 1100}
-    engine.scheduler.waiting = {"other": 1}
     record(logger, engine.step(), engine_idx=1)
     assert value("jdlora:adapters_resident", engine="1") == 7
     assert value("jdlora:sigma_swaps_total", engine="1") == 11
     assert value("jdlora:sigma_swap_bytes_total", engine="1") == 1100
     assert value("jdlora:sigma_swaps_total", engine="0") == 0
     waiting = {r: value("jdlora:waiting_requests", engine="1", reason=r) for r in WAITING_REASONS}
-    assert waiting == {"scaling_slot": 0, "plain_slot": 0, "base_slot": 0, "other": 1}
+    assert waiting == {"scaling_slot": 2, "plain_slot": 0, "base_slot": 0, "other": 0}
     assert value("jdlora:scaling_slots", engine="1") == OPTIONS["scaling_slots"]
     # Both steps count, also the one whose worker had nothing new to say of them.
     assert value("jdlora:clusters_per_step_count", engine="1") == 2
@@ -176,23 +161,25 @@ def test_counts_of_worker_and_scheduler_reach_the_page(compressing):
     assert value("vllm:num_requests_running", engine="1") == 1
 
 
-def test_a_count_is_sent_again_only_when_it_changed():
-    engine = Engine()
+def test_a_count_is_sent_again_only_when_it_changed(tmp_path):
+    engine = Engine(tmp_path)
     engine.counts = {"resident": 7, "sigma_swaps": 9, "clusters_in_step": 3}
-    assert take_report(engine.step()) == {"resident": 7, "sigma_swaps": 9, "clusters_in_step": 3, "waiting": {}}
+    first = {"resident": 7, "sigma_swaps": 9, "clusters_in_step": 3, "waiting": {"other": 0}}
+    assert take_report(engine.step()) == first
     assert take_report(engine.step()) == {"clusters_in_step": 3}
-    assert take_report(engine.step(NO_STEP)) == {}
+    engine.scheduler.finish_requests(list(engine.scheduler.requests), RequestStatus.FINISHED_ABORTED)
+    assert take_report(engine.step()) == {}  # no request, so no step that reads a cluster
     engine.counts |= {"sigma_swaps": 10}
-    assert take_report(engine.step(NO_STEP)) == {"sigma_swaps": 1}
+    assert take_report(engine.step()) == {"sigma_swaps": 1}
 
 
-def test_other_loggers_never_see_the_carrier(compressing):
+def test_other_loggers_never_see_the_carrier(compressing, tmp_path):
     """vLLM's own log line sums all entries of the dictionary that the counts travel in."""
-    engine = Engine()
+    engine = Engine(tmp_path)
     engine.counts = {"resident": 7}
     stats = engine.step()
     record(JDPrometheusLogger(compressing, [0]), stats)
-    assert stats.num_kv_fetch_reqs_by_stage == {}
+    assert set(stats.num_kv_fetch_reqs_by_stage) == set(KV_FETCH_STAGES)
     # And where nobody takes it out, as offline, it says nothing.
     engine.counts = {"resident": 8}
     logger = AggregatedLoggingStatLogger(compressing, [0])
@@ -218,10 +205,10 @@ def test_outputs_that_are_shared_or_still_computed_keep_what_they_are():
     assert report.attach(same) is same  # nothing new to say
 
 
-def test_no_series_is_added_by_more_adapters(compressing):
+def test_no_series_is_added_by_more_adapters(compressing, tmp_path):
     """Thousands of names come and go; routers still find those that run, in the one series that there is."""
     logger = JDPrometheusLogger(compressing, [0])
-    engine = Engine()
+    engine = Engine(tmp_path)
     sizes = set()
     for step in range(100):
         running = {f"adapter-{step * 50 + i}": 1 for i in range(50)}
@@ -247,10 +234,10 @@ def test_a_list_of_names_is_bounded_and_keeps_the_busiest():
     assert name_list({"a": 1, "idle": 0, "b,c": 1, "d": 2}) == "a,d"
 
 
-def test_the_page_follows_the_revision_and_forgets_the_old_one(compressing, caplog_of_jdlora):
+def test_the_page_follows_the_revision_and_forgets_the_old_one(compressing, caplog_of_jdlora, tmp_path):
     logger = JDPrometheusLogger(compressing, [0])
     assert list(page()["jdlora:collection_info"]) == [(("model_name", "base"), ("revision", "first"))]
-    engine = Engine()
+    engine = Engine(tmp_path)
     engine.counts = {"revision": "second"}
     record(logger, engine.step())
     assert list(page()["jdlora:collection_info"]) == [(("model_name", "base"), ("revision", "second"))]
@@ -272,10 +259,10 @@ def test_loads_are_counted_by_what_became_of_them(compressing, caplog_of_jdlora)
     assert "event=adapter_load name=c result=refused seconds=0.01\n" in caplog_of_jdlora.text
 
 
-def test_a_second_server_in_one_process_starts_anew(compressing):
+def test_a_second_server_in_one_process_starts_anew(compressing, tmp_path):
     for _ in range(2):
         logger = JDPrometheusLogger(compressing, [0])
-        engine = Engine()
+        engine = Engine(tmp_path)
         engine.counts = {"sigma_swaps": 5}
         record(logger, engine.step())
         assert value("jdlora:sigma_swaps_total") == 5
@@ -283,6 +270,7 @@ def test_a_second_server_in_one_process_starts_anew(compressing):
 
 API_SERVERS = """
 import json, sys
+from pathlib import Path
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.v1.metrics.stats import IterationStats
@@ -294,8 +282,8 @@ config = EngineArgs(sys.argv[1], skip_tokenizer_init=True, dtype="float32", enab
                     served_model_name="base").create_engine_config()
 config.additional_config = {"jdlora": OPTIONS}
 logger = JDPrometheusLogger(config, [0])
+engine = Engine(Path(sys.argv[2]))
 print("ready", flush=True)
-engine = Engine()
 for line in sys.stdin:  # totals of the worker at this step, and whether the statistics come to this server
     step, mine = json.loads(line)
     engine.counts = {"sigma_swaps": step, "resident": step, "revision": f"r{step}", "clusters_in_step": 1}
@@ -312,8 +300,14 @@ def test_several_api_servers_show_one_truth(config, tmp_path):
     folder = tmp_path / "prometheus"
     folder.mkdir()
     env = {"PROMETHEUS_MULTIPROC_DIR": str(folder), "PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, "-c", API_SERVERS, config.model_config.model]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": {**os.environ, **env}, "cwd": ROOT}
+    command = [sys.executable, "-c", API_SERVERS, config.model_config.model, str(tmp_path)]
+    pipes = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": {**os.environ, **env},
+        "cwd": ROOT,
+    }
     servers = [subprocess.Popen(command, **pipes) for _ in range(2)]
     for server in servers:
         while server.stdout.readline() != "ready\n":

@@ -6,7 +6,7 @@
 | ``adapter_load`` | an adapter came at run time | ``name result seconds relative_error`` |
 | ``revision`` | the engine serves another revision of the collection | ``engine old new`` |
 | ``swaps`` | weights moved to the device since the last such line, every ten seconds at most | ``engine sigma_swaps \
-sigma_bytes base_swaps base_bytes seconds`` |
+sigma_bytes base_swaps base_bytes load_seconds seconds`` |
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,14 +43,15 @@ class SummedEvents:
 
     def __init__(self, name: str, every_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic):
         self._name, self._every, self._clock = name, every_seconds, clock
-        self._sums: Counter[str] = Counter()
+        self._sums: dict[str, float] = {}
         self._since: float | None = None
 
-    def add(self, counts: Mapping[str, int], **fields: Any) -> None:
+    def add(self, counts: Mapping[str, float], **fields: Any) -> None:
         """Add counts; log their sums if the last line is old enough, and always the first time."""
         if not any(counts.values()):
             return
-        self._sums.update(counts)
+        for key, count in counts.items():
+            self._sums[key] = self._sums.get(key, 0) + count
         now = self._clock()
         if self._since is not None and now - self._since < self._every:
             return

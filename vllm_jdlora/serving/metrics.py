@@ -46,6 +46,7 @@ COUNTERS = {
     "sigma_bytes": ("jdlora:sigma_swap_bytes", "Bytes of the scaling matrices copied to the device."),
     "base_swaps": ("jdlora:base_swaps", "Bases copied to the device because a request needed their cluster."),
     "base_bytes": ("jdlora:base_swap_bytes", "Bytes of the bases copied to the device."),
+    "load_seconds": ("jdlora:load_seconds", "Seconds that the worker spent on reading and copying adapters and bases."),
 }
 """Count of a worker → name (Prometheus adds ``_total``) and meaning of its counter."""
 
@@ -66,7 +67,7 @@ class JDPrometheusLogger(PrometheusStatLogger):
         if options is not None:
             touchpoints.check("metrics")
             gauge = self.gauge_lora_info
-            self.gauge_lora_info: Gauge | None = None  # vLLM's record() passes over it
+            self.gauge_lora_info: Any = None  # vLLM's record() passes over it
             self._compression = _CompressionMetrics(options, self.per_engine_labelvalues, gauge)
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:

@@ -20,9 +20,10 @@ from vllm_jdlora.serving.admission import Admission
 from vllm_jdlora.serving.cluster_order import ClusterQueue
 from vllm_jdlora.serving.lane_queue import LaneQueue
 from vllm_jdlora.serving.options import ServingOptions
+from vllm_jdlora.serving.statistics_carrier import ReportingScheduler
 
 
-class _SlotLimits:
+class _SlotLimits(ReportingScheduler):
     """Mix-in before a vLLM scheduler."""
 
     clock: Callable[[], float] = staticmethod(time.monotonic)

@@ -15,7 +15,9 @@ from typing import Any
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-TOTALS = ("sigma_swaps", "sigma_bytes", "base_swaps", "base_bytes")
+from vllm_jdlora.serving.failed_adapters import FAILED
+
+TOTALS = ("sigma_swaps", "sigma_bytes", "base_swaps", "base_bytes", "load_seconds")
 """Counts of a worker that only grow."""
 
 GAUGES = ("resident", "plain", "arrivals", "clusters", "resident_bases", "adapters_in_step", "revision")
@@ -24,7 +26,7 @@ GAUGES = ("resident", "plain", "arrivals", "clusters", "resident_bases", "adapte
 PER_STEP = ("clusters_in_step",)
 """Counts of a worker that belong to each step, also where they equal those of the step before."""
 
-_REPORTED = (*TOTALS, *GAUGES, *PER_STEP)
+_REPORTED = (*TOTALS, *GAUGES, *PER_STEP, FAILED)
 _ATTRIBUTE = "jdlora_counts"
 _PREFIX = "jdlora:"
 
@@ -92,7 +94,7 @@ class ReportingScheduler:
     """Mix-in before a vLLM scheduler: passes the worker's counts on with its own."""
 
     _worker_counts: Mapping[str, Any] = {}
-    _sent_totals: Mapping[str, int] = {}
+    _sent_totals: Mapping[str, float] = {}
     _sent_gauges: Mapping[str, Any] = {}
     _has_stepped = False
 

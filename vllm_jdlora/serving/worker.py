@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import expert_layers, step_requests, touchpoints
+from vllm_jdlora.serving.statistics_carrier import ReportingWorker
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -20,7 +21,7 @@ else:
     raise JDLoRAError(f"compressed LoRA runs on CPU and CUDA, not on {current_platform.device_name}")
 
 
-class JDWorker(PlatformWorker):
+class JDWorker(ReportingWorker, PlatformWorker):
     """Loads the model with :class:`~vllm_jdlora.serving.worker_manager.JDWorkerLoRAManager` in place of vLLM's."""
 
     def init_device(self) -> None:
