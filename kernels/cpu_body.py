@@ -16,7 +16,7 @@ import torch
 
 from vllm_jdlora.kernels import cpu_threads
 from vllm_jdlora.kernels.cpu_numbers import address_as_pointer, narrowed, widened
-from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, expand_tile, shrink_tile, sigma_tile
+from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, expand_tile, fetching, shrink_tile, sigma_tile
 
 # Bytes of bases between what is multiplied and what is fetched.
 _AHEAD = 8 << 10
@@ -49,6 +49,7 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
     wide1, wide2, wide4 = (expand_tile(form, tokens, vectors) for tokens in TOKENS)
     slim1, slim2, slim4 = (expand_tile(form, tokens, 1) for tokens in TOKENS)
     apply_sigma, scale = sigma_tile(form, few, False), sigma_tile(form, few, True)
+    fetch = fetching()
     rows1, rows2, rows4 = (form.rows(tokens) for tokens in TOKENS)
     pairs, half = form.pairs, form.stored == torch.bfloat16
     width = form.stored.itemsize
@@ -77,6 +78,7 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
         thread = int64(thread_number())
         rows, rank, slices, d_in, turns = p[ROWS_OF_V], p[RANK], p[SLICES], p[D_IN], p[TURNS]
         padded = turns * step
+        sigma_lines = max(slices * rank * (1 if p[DIAGONAL] else rank) * 4 // 64, 1)
         # This thread's scratch.
         at_rows = p[SCRATCH] + thread * p[SCRATCH_STRIDE]
         at_x, at_h, at_g, at_y = at_rows + p[AT_X], at_rows + p[AT_H], at_rows + p[AT_G], at_rows + p[AT_Y]
@@ -111,6 +113,10 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
                         for d in range(d_in, padded):
                             wide[d] = 0
                     x_rows[i] = at_x + i * padded * x_width
+
+            # Each token's Σ lies somewhere else: without this every one is waited for.
+            for i in range(count):
+                fetch(p[SIGMA] + slots[start + i] * p[SIGMA_SLOT], sigma_lines)
 
             bases = p[BASES] + tile_cluster[tile] * p[CLUSTER]
             # What the next tile reads lies behind what this one reads.

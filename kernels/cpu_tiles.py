@@ -199,6 +199,20 @@ def sigma_tile(form: Form, lanes: int, diagonal: bool) -> Any:
     return tile
 
 
+def fetching() -> Any:
+    """numba intrinsic ``(address, lines)``: asks for so many lines of memory, at least 1, to be read soon."""
+
+    def body(code: _Code, address: Any, lines: Any) -> None:
+        with code.loop(lines, []) as (line, _):
+            code.prefetch(code.add(address, code.times(line, 64)))
+
+    @intrinsic
+    def fetch(context, address, lines):  # type: ignore[no-untyped-def]
+        return types.void(types.int64, types.int64), _generating(body)
+
+    return fetch
+
+
 def _generating(body: Callable[..., None]) -> Callable[..., Any]:
     def generate(target: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
         body(_Code(builder), *values)
