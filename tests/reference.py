@@ -54,6 +54,19 @@ def plain_deltas(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def projected_deltas(collection: Path, folder: Path, cluster: int) -> dict[str, torch.Tensor]:
+    """U Σ V [d_out, d_in] with the least-squares Σ = U⁺ ΔW V⁺ of a PEFT folder, in the collection's dtype."""
+    manifest = json.loads((collection / "collection.json").read_text())
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[manifest["dtype"]]
+    deltas = {}
+    with safe_open(collection / "bases.safetensors", "pt") as f:
+        for name, delta in plain_deltas(folder).items():
+            u, v = (f.get_tensor(f"{name}.{side}")[cluster].double() for side in "UV")
+            sigma = (torch.linalg.pinv(u) @ delta.double() @ torch.linalg.pinv(v)).float().to(dtype)
+            deltas[name] = (u @ sigma.double() @ v).float()
+    return deltas
+
+
 @contextmanager
 def merged(model: torch.nn.Module, deltas: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
     """The HF model with these ΔW added to its weights, which are put back afterwards."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import reference
 from tests.serving.conftest import COMPRESSED, DEMO, PLAIN, RUNTIME, SERVER_ARGS, adapter_folder
@@ -152,23 +156,138 @@ def test_every_adapter_is_listed_and_an_unknown_one_is_404(jd_server):
     assert httpx.post(f"{jd_server.url}/v1/completions", json=body).status_code == 404
 
 
-def test_an_adapter_loaded_at_run_time_is_served_and_forgotten(jd_server, tokenizer, reference_model, collection):
-    url = jd_server.url
-    loaded = httpx.post(
-        f"{url}/v1/load_lora_adapter",
-        json={"lora_name": RUNTIME, "lora_path": str(adapter_folder(RUNTIME))},
-        timeout=60,
-    )
-    assert loaded.status_code == 200, loaded.text
+def call(server, path: str, **body) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/{path}", json=body, timeout=120)
+
+
+def answers_of(server, tokenizer, model: str, text: str) -> list[Answer]:
+    TEXTS[model] = text
+    return ask_all(server.url, tokenizer, [{"model": model, "chat": c, "stream": not c} for c in (True, False)])
+
+
+def assert_unknown(server, model: str) -> None:
+    assert call(server, "completions", model=model, prompt="hi", max_tokens=1).status_code == 404
+
+
+@pytest.fixture(scope="module")
+def mixture(collection, tmp_path_factory) -> Path:
+    """A new adapter in the span of the collection's bases: parts of two that are in it."""
+    from vllm_jdlora.cli import main
+
+    root = tmp_path_factory.mktemp("mixture")
+    for name in COMPRESSED[:2]:
+        assert main(["export", str(collection), name, "-o", str(root / name)]) == 0
+    one, other = (load_file(root / name / "adapter_model.safetensors") for name in COMPRESSED[:2])
+    # Exported adapters are U Σ and V of one cluster: the sum of the products is the product with the sum.
+    mixed = {key: 0.7 * t + 0.5 * other[key] if "lora_B" in key else t for key, t in one.items()}
+    assert all(torch.equal(t, other[key]) for key, t in one.items() if "lora_A" in key)
+    save_file(mixed, root / COMPRESSED[0] / "adapter_model.safetensors")
+    return root / COMPRESSED[0]
+
+
+def test_an_adapter_loaded_at_run_time_is_kept_uncompressed_if_bases_do_not_hold_it(
+    jd_server, tokenizer, reference_model, collection
+):
+    loaded = call(jd_server, "load_lora_adapter", lora_name=RUNTIME, lora_path=str(adapter_folder(RUNTIME)))
+    assert loaded.status_code == 200 and "kept uncompressed: relative error 0." in loaded.text, loaded.text
     TEXTS[RUNTIME] = "Which word comes first in the alphabet?\nriver, stone, apple, cloud, tree"
     try:
         requests = [{"model": m, "chat": False, "stream": False} for m in (RUNTIME, PLAIN, COMPRESSED[0], "base")]
-        check(ask_all(url, tokenizer, requests), reference_model, collection)
+        check(ask_all(jd_server.url, tokenizer, requests), reference_model, collection)
     finally:
-        unloaded = httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": RUNTIME}, timeout=60)
+        unloaded = call(jd_server, "unload_lora_adapter", lora_name=RUNTIME)
     assert unloaded.status_code == 200, unloaded.text
-    body = {"model": RUNTIME, "prompt": "hi", "max_tokens": 1}
-    assert httpx.post(f"{url}/v1/completions", json=body).status_code == 404
+    assert_unknown(jd_server, RUNTIME)
+
+
+def test_an_adapter_loaded_at_run_time_is_compressed_within_a_second_and_can_be_replaced(
+    jd_server, tokenizer, reference_model, collection, mixture
+):
+    text = "Write the opposite of the word.\nslow"
+    started = time.monotonic()
+    loaded = call(jd_server, "load_lora_adapter", lora_name="mixed", lora_path=str(mixture))
+    seconds = time.monotonic() - started
+    assert loaded.status_code == 200 and "compressed into cluster 0 with relative error 0.0" in loaded.text, loaded.text
+    try:
+        answers = answers_of(jd_server, tokenizer, "mixed", text)
+        with reference.merged(reference_model, reference.projected_deltas(collection, mixture, 0)) as merged:
+            for a in answers:
+                reference.check_greedy(merged, a.prompt, a.tokens, a.logprobs, TOLERANCE)
+        again = call(jd_server, "load_lora_adapter", lora_name="mixed", lora_path=str(adapter_folder(RUNTIME)))
+        assert again.status_code == 400
+        body = {"lora_name": "mixed", "lora_path": str(adapter_folder(RUNTIME)), "load_inplace": True}
+        assert "kept uncompressed" in call(jd_server, "load_lora_adapter", **body).text
+        answers = answers_of(jd_server, tokenizer, "mixed", text)
+        with reference.merged(reference_model, reference.plain_deltas(adapter_folder(RUNTIME))) as merged:
+            for a in answers:
+                reference.check_greedy(merged, a.prompt, a.tokens, a.logprobs, TOLERANCE)
+    finally:
+        assert call(jd_server, "unload_lora_adapter", lora_name="mixed").status_code == 200
+    assert_unknown(jd_server, "mixed")
+    assert seconds < 1, f"{seconds:.2f} s"
+
+
+def test_what_cannot_be_loaded_at_run_time_is_a_bad_request(jd_server, tmp_path):
+    for name, path in (("x", tmp_path), ("x", "/no/such/folder"), ("../x", adapter_folder(RUNTIME))):
+        assert call(jd_server, "load_lora_adapter", lora_name=name, lora_path=str(path)).status_code == 400
+    assert call(jd_server, "reload_lora_collection", lora_collection=str(tmp_path)).status_code == 400
+
+
+@pytest.mark.parametrize("bases", ["the same bases", "other bases"])
+def test_a_collection_is_swapped_under_traffic(
+    jd_server, tokenizer, reference_model, collection, mixture, tmp_path, bases
+):
+    from vllm_jdlora.cli import main
+
+    second = tmp_path / "second"
+    if bases == "the same bases":
+        shutil.copytree(collection, second)
+        shutil.copytree(mixture, tmp_path / "mixed")
+        assert main(["add", str(second), str(tmp_path / "mixed")]) == 0
+    else:
+        folders = [str(adapter_folder(name)) for name in COMPRESSED]
+        assert main(["compress", *folders, "-o", str(second), "--rank", "48", "--clusters", "1"]) == 0
+    requests = [{"model": m, "chat": c, "stream": True} for m in MODELS for c in (True, False)]
+
+    async def swap_in_traffic(path: Path) -> tuple[list[Answer], dict]:
+        async with httpx.AsyncClient(base_url=jd_server.url, timeout=120) as client:
+            asked = [asyncio.create_task(ask(client, tokenizer, **r)) for r in requests]
+            await asyncio.sleep(0.3)
+            swapped = await client.post("/v1/reload_lora_collection", json={"lora_collection": str(path)})
+            assert swapped.status_code == 200, swapped.text
+            return await asyncio.gather(*asked), swapped.json()
+
+    try:
+        _, swapped = asyncio.run(swap_in_traffic(second))
+        same = bases == "the same bases"
+        expected = {"same_bases": same, "added": int(same), "removed": 0, "changed": 0 if same else len(COMPRESSED)}
+        assert swapped == swapped | expected
+        names = [*MODELS, "mixed"] if same else MODELS
+        listed = httpx.get(f"{jd_server.url}/v1/models").json()["data"]
+        assert sorted(m["id"] for m in listed) == sorted(names)
+        check(ask_all(jd_server.url, tokenizer, requests), reference_model, second)
+        if same:
+            answers = answers_of(jd_server, tokenizer, "mixed", "Write the opposite of the word.\nslow")
+            with reference.merged(reference_model, reference.compressed_deltas(second, "mixed")) as merged:
+                for a in answers:
+                    reference.check_greedy(merged, a.prompt, a.tokens, a.logprobs, TOLERANCE)
+    finally:
+        answers, _ = asyncio.run(swap_in_traffic(collection))
+    for one in answers:  # of one revision or the other, and of no mixture
+        found = []
+        for path in (collection, second):
+            with reference.merged(reference_model, deltas_of(one.model, path)) as merged:
+                found.append(matches(merged, one))
+        assert any(found), one
+    check(ask_all(jd_server.url, tokenizer, requests), reference_model, collection)
+
+
+def matches(model, answer: Answer) -> bool:
+    try:
+        reference.check_greedy(model, answer.prompt, answer.tokens, answer.logprobs, TOLERANCE)
+    except AssertionError:
+        return False
+    return True
 
 
 def test_the_base_answers_as_a_server_without_lora(jd_server, base_model, tokenizer, tmp_path):
