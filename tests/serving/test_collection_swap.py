@@ -92,6 +92,20 @@ async def test_an_adapter_that_never_changes_outlives_the_revisions_that_workers
 
 
 @run
+async def test_an_adapter_is_projected_on_the_bases_that_are_served_whatever_lies_on_disk(server, made):
+    folder = folder_of(server)
+    shutil.rmtree(folder)
+    shutil.copytree(made["root"] / "rebuilt", folder)
+    await load(server, "late", made["near"])
+    late = await server.ask("late")
+    shutil.rmtree(folder)
+    shutil.copytree(made["root"] / "two", folder)
+    untouched = FakeServer(Collection.open(folder), server.engine.arrivals)
+    await load(untouched, "late", made["near"])
+    assert await untouched.ask("late") == late
+
+
+@run
 async def test_a_request_under_way_ends_with_the_content_that_it_began_with(server, swap, made):
     before = content_of(server.runtime.collection, "f0m0")
     started, looked_up = server.start("f0m0"), server.start("f0m0")
