@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+COMPRESSED = "adapter-0"
 MARK = "answers: "
 """Begins the line of the answers; vLLM prints before and after it."""
 
@@ -132,6 +133,13 @@ def main() -> None:
     result = {"answers": generate(requests), "statistics": llm.collective_rpc("jdlora_statistics")}
     if "intruder" in spec:
         result["interrupted"] = decode_while_an_adapter_is_loaded(llm.llm_engine, spec, params, requests)
+    if "unreadable" in spec:
+        lost = [LoRARequest(name, 9000 + i, path) for i, (name, path) in enumerate(spec["unreadable"].items())]
+        who = [requests[COMPRESSED], *lost, None, requests[COMPRESSED]]
+        for key in ("ended", "ended again"):
+            prompts = [{"prompt_token_ids": prompt} for prompt in spec["prompts"][: len(who)]]
+            outputs = llm.generate(prompts, params, lora_request=who, use_tqdm=False)
+            result[key] = [(o.outputs[0].finish_reason, list(o.outputs[0].token_ids)) for o in outputs]
     if "revision" in spec:
         result["revisions"] = decode_while_a_revision_is_loaded(llm, spec, params)
         plain = {name: requests[name] for name in spec["plain"]}

@@ -18,8 +18,10 @@ import torch
 from tests import reference, tiny_llama
 from tests.serving import offline_engine
 from vllm_jdlora.adapter import read_adapter
+from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.edit import add
+from vllm_jdlora.serving.options import AdapterPath
 
 pytestmark = pytest.mark.server
 
@@ -28,6 +30,8 @@ COMPRESSED = [f"adapter-{i}" for i in range(5)]
 PLAIN = ["plain-0", "plain-1"]
 # More distinct adapters than slots of either kind, twice the same one, and the base: one batch if it were allowed.
 WHO = [*COMPRESSED, None, *PLAIN, COMPRESSED[0]]
+EXTRA = ("intruder", "unreadable", "revision", "other_bases", "unfit")
+"""What `offline_engine` does besides."""
 
 # Places in WHO: two requests of one adapter and one of another.
 INTERRUPTED = [0, 8, 1]
@@ -85,7 +89,11 @@ def run_engine(served, **options) -> dict:
         "plain": {name: str(path) for name, path in plain.items()},
         "jdlora": {"collection": str(collection), **options.pop("jdlora", {})},
         "interrupted": INTERRUPTED,
-        **{name: options.pop(name) for name in ("intruder", "revision", "other_bases", "unfit") if name in options},
+        **{
+            name: options.pop(name)
+            for name in ("intruder", "unreadable", "revision", "other_bases", "unfit")
+            if name in options
+        },
         "options": options,
     }
     result = subprocess.run(
@@ -123,12 +131,19 @@ def check_against_merged_weights(
 
 
 def test_one_process_with_fewer_slots_than_adapters_equals_merged_weights(served):
-    out = run_engine(served, jdlora={"scaling_slots": 2}, max_loras=1, intruder=COMPRESSED[2])
+    revision = Collection.open(served[1]).manifest.revision
+    unreadable = {"lost": str(AdapterPath(revision, 0, "lost")), "gone": "/nowhere"}
+    out = run_engine(served, jdlora={"scaling_slots": 2}, max_loras=1, intruder=COMPRESSED[2], unreadable=unreadable)
     check_against_merged_weights(served, out["answers"])
     # The batch stays the same while its Σ move to other slots.
     check_against_merged_weights(served, out["interrupted"], INTERRUPTED)
     assert out["statistics"][0]["resident"] == 2
     assert out["statistics"][0]["wrapped_modules"] == 4 * tiny_llama.LAYERS  # no lm_head, no embeddings
+    # Adapters that cannot be read end their own requests and no others, however often they are asked for.
+    for ended in (out["ended"], out["ended again"]):
+        assert [reason for reason, _ in ended] == ["length", "error", "error", "length", "length"]
+        assert [tokens for _, tokens in ended][1:3] == [[], []]
+        assert ended[0][1] == out["answers"][0]["tokens"]
     # vLLM's runner tells the manager requests, and a batch that goes on decoding is not planned again.
     assert 0 < out["statistics"][0]["plans"] < out["statistics"][0]["steps"]
 

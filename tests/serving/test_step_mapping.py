@@ -25,6 +25,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.serving.bases_manager import FIRST_BASE_ID
 from vllm_jdlora.serving.collection_revisions import CollectionRevisions
+from vllm_jdlora.serving.failed_adapters import FAILED
 from vllm_jdlora.serving.manager import JDLoRAModelManager
 from vllm_jdlora.serving.options import AdapterPath
 from vllm_jdlora.serving.scaling_buffer import ScalingBuffer
@@ -91,6 +92,7 @@ def make_manager(
 def make_worker(manager: JDLoRAModelManager) -> JDWorkerLoRAManager:
     worker = JDWorkerLoRAManager.__new__(JDWorkerLoRAManager)
     worker._adapter_manager = manager
+    worker._unreadable = {}
     return worker
 
 
@@ -266,6 +268,30 @@ def test_a_copy_of_scalings_that_fails_does_not_leave_a_plan_that_names_the_slot
 
 def test_another_revision_is_refused_even_under_an_id_that_is_known(worker):
     worker.add_adapter(compressed(3))
+    with pytest.raises(JDLoRAError, match="revision old"):
+        worker.add_adapter(compressed(3, revision="old"))
+
+
+def test_adapters_that_cannot_be_read_are_told_and_the_others_of_the_step_are_served(manager, worker):
+    worker.add_adapter(compressed(3))
+    unknown = compressed(3, revision="old")
+    rows = [(compressed(0), 2), (unknown, 1), (None, 1)]
+    for _ in range(2):  # the second step repeats the first
+        worker.set_active_requests(step_of(rows))
+        assert manager.statistics()[FAILED] == (1, (4,))
+        check_by_token(manager, [rows[0], (None, 2)])
+    worker.set_active_requests(step_of(rows[:1]))
+    assert manager.statistics()[FAILED] == (0, ())
+    worker.set_active_requests(step_of(rows[::-1]))
+    assert manager.statistics()[FAILED] == (2, (4,))
+    # What a step was told once is not tried again: the prefix cache holds what the base model wrote for it.
+    manager.compressed.revisions._on_these_bases.add("old")
+    with pytest.raises(JDLoRAError, match=r"revision old.*restart the server"):
+        worker.add_adapter(unknown)
+
+
+def test_workers_that_share_an_engine_do_not_go_on_without_an_adapter(manager, worker):
+    manager.runs_alone = False
     with pytest.raises(JDLoRAError, match="revision old"):
         worker.set_active_requests(step_of([(compressed(3, revision="old"), 1)]))
 

@@ -56,11 +56,11 @@ class CompressedAdapters:
             JDLoRAError: the adapter is not known or its Σ cannot be used; then the id means nothing.
         """
         lora_id = request.lora_int_id
-        with self._clock:
-            adapter = self.directory.at(request.lora_path) or self.revisions.adapter(path)
-        self.moved()
-        self.directory.bind(request, adapter)
         try:
+            with self._clock:
+                adapter = self.directory.at(request.lora_path) or self.revisions.adapter(path)
+            self.moved()
+            self.directory.bind(request, adapter)
             self.activate(lora_id)
         except BaseException:
             self.unbind(lora_id)

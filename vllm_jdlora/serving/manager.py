@@ -23,6 +23,7 @@ from vllm_jdlora.serving.base_residency import ResidentBases
 from vllm_jdlora.serving.bases_manager import BaseSlotsManager
 from vllm_jdlora.serving.collection_revisions import CollectionRevisions, open_revision
 from vllm_jdlora.serving.compressed_adapters import CompressedAdapters
+from vllm_jdlora.serving.failed_adapters import FAILED
 from vllm_jdlora.serving.load_clock import LoadClock
 from vllm_jdlora.serving.module_slices import ModuleSlices
 from vllm_jdlora.serving.options import ServingOptions
@@ -62,6 +63,8 @@ class JDLoRAModelManager(BaseSlotsManager):
         )
         self._set_up(CollectionRevisions(collection, options.arrivals), scalings, options.base_slots)
         self._attach_layers(slices)
+        # Other workers of one engine would have to agree on which adapters cannot be read.
+        self.runs_alone = vllm_config.parallel_config.world_size == 1
         self._serve(slices, BaseReader(collection, slices))
         logger.info(
             "Compressed LoRA: %d adapters in %d clusters of rank %d, %d scaling slots (%.1f MiB), %d base slots, "
@@ -88,6 +91,9 @@ class JDLoRAModelManager(BaseSlotsManager):
         self._planner = StepPlanner(directory, slots, self._bases, self._punica, self._place_of_other)
         self.compressed.moved = self._planner.forget
         self._dummies: set[int] = set()
+        self.runs_alone = True
+        self.failed: tuple[int, tuple[int, ...]] = (0, ())
+        self._failures = 0
 
     def _attach_layers(self, slices: ModuleSlices) -> None:
         """Give each wrapped layer its rows of the Σ buffer."""
@@ -248,6 +254,11 @@ class JDLoRAModelManager(BaseSlotsManager):
             self._registered_adapters.touch(lora_id)
         return plain is not None
 
+    def note_failed(self, lora_ids: abc.Collection[int]) -> None:
+        """Let the base model stand in for these ids in the step to be planned (:mod:`.failed_adapters`)."""
+        self._failures += bool(lora_ids)
+        self.failed = (self._failures, tuple(lora_ids)) if lora_ids else (0, ())
+
     def plan(self, step: StepRequests) -> None:
         """Plan a step whose adapters are all active."""
         self._planner.plan(step)
@@ -263,10 +274,12 @@ class JDLoRAModelManager(BaseSlotsManager):
         self._planner.plan_runs(ids[starts], lengths)
 
     def _place_of_other(self, lora_id: int) -> tuple[int, int]:
-        """Base and Σ slot of a plain adapter, or of a dummy, to which any will do."""
+        """Base and Σ slot of a plain adapter, of a dummy, to which any will do, or of one that could not be read."""
         bases, scalings = self._bases.capacity, self.compressed.scalings
         if lora_id in self._dummies:
             return lora_id % bases, lora_id % scalings.slots
+        if lora_id in self.failed[1]:
+            return -1, -1
         return bases + self.place_of_plain(lora_id), scalings.identity_slot
 
     def statistics(self) -> dict[str, Any]:
@@ -290,6 +303,7 @@ class JDLoRAModelManager(BaseSlotsManager):
             "base_swaps": self._bases.swaps,
             "base_bytes": self._bases.bytes,
             "load_seconds": self._clock.seconds,
+            FAILED: self.failed,
             "wrapped_modules": len(self.modules),
             "steps": planner.steps,
             "plans": planner.plans,

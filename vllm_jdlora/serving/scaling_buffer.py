@@ -48,6 +48,7 @@ class ScalingBuffer:
         self.sigma[slots] = identity.to(self.sigma)
         self.slots, self._rank = slots, rank
         self._order = self._covered = torch.empty(0, dtype=torch.int64)
+        self._laid_out = False
         self._whole = False  # every number of a row comes from the collection
         self._staging: StagingRows | None = None
         if self.sigma.is_cuda:
@@ -70,7 +71,9 @@ class ScalingBuffer:
             slices: which row each slice of the collection has.
             rank: of the collection, at most R.
         """
-        self.sigma[: self.slots] = 0
+        if self._laid_out:  # fresh memory is zero, and on CPU takes no room before it is written
+            self.sigma[: self.slots] = 0
+        self._laid_out = True
         if self._staging is not None:
             self._staging.clear()
         self._order, self._covered, self._rank = slices.order, slices.covered, rank

@@ -18,12 +18,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_jdlora.serving import touchpoints
 from vllm_jdlora.serving.admission import Admission
 from vllm_jdlora.serving.cluster_order import ClusterQueue
+from vllm_jdlora.serving.failed_adapters import EndsFailedRequests
 from vllm_jdlora.serving.lane_queue import LaneQueue
 from vllm_jdlora.serving.options import ServingOptions
 from vllm_jdlora.serving.statistics_carrier import ReportingScheduler
 
 
-class _SlotLimits(ReportingScheduler):
+class _SlotLimits(ReportingScheduler, EndsFailedRequests):
     """Mix-in before a vLLM scheduler."""
 
     clock: Callable[[], float] = staticmethod(time.monotonic)

@@ -244,6 +244,22 @@ REGISTER: tuple[Touchpoint, ...] = (
         uses=("lora_manager", "set_active_adapters"),
     ),
     Touchpoint(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin.maybe_setup_dummy_loras",
+        "wrap",
+        "set on the runner instance: warm-up makes a request for each of max_loras, which counts Σ slots here",
+        ("self", "lora_config"),
+        uses=("max_loras",),
+    ),
+    Touchpoint(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin.maybe_select_dummy_loras",
+        "wrap",
+        "the same",
+        ("self", "lora_config", "num_scheduled_tokens"),
+        uses=("max_loras",),
+    ),
+    Touchpoint(
         "vllm.v1.worker.gpu.lora_utils",
         "LoraState.make_lora_inputs",
         "override",
@@ -522,10 +538,11 @@ REGISTER: tuple[Touchpoint, ...] = (
         "vllm.v1.core.sched.scheduler",
         "Scheduler.update_from_output",
         "override",
-        "takes the worker's counts off a step's output before the step's statistics are made",
+        "takes the worker's counts off a step's output before the step's statistics are made, and ends requests whose "
+        "adapter could not be read",
         ("self", "scheduler_output", "model_runner_output"),
         "engine",
-        ("make_stats",),
+        ("make_stats", "grammar_compile_error_reqs", "sampled_token_ids", "req_id_to_index"),
     ),
     Touchpoint(
         "vllm.v1.core.sched.scheduler",

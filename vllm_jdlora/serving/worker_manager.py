@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -13,12 +14,18 @@ from vllm_jdlora.serving.manager import JDLoRAModelManager
 from vllm_jdlora.serving.options import AdapterPath
 from vllm_jdlora.serving.step_requests import StepRequests
 
+logger = logging.getLogger("vllm.jdlora")
+
 
 class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     """All of a step's work is proportional to the adapters in the batch, never to the adapters that are known."""
 
     _manager_cls = JDLoRAModelManager
     _adapter_manager: JDLoRAModelManager
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._unreadable: dict[str, str] = {}
 
     def set_active_requests(self, step: StepRequests) -> None:
         """Activate a step's adapters and plan the step; next to nothing while the same requests go on decoding."""
@@ -31,8 +38,18 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         # The scheduler bounds how many adapters of each kind a batch holds; vLLM's own check counts base slots.
         manager = self._adapter_manager
         others = manager.touch_resident(lora_requests)
+        failed = []
         for request in {r.lora_int_id: r for r in others}.values():
-            self._add(request, announced=False)
+            try:
+                self._add(request, announced=False)
+            except Exception as error:
+                # What a device says is about more than one adapter.
+                if isinstance(error, RuntimeError) or not manager.runs_alone:
+                    raise
+                self._unreadable.setdefault(request.lora_path, str(error))
+                logger.error("Requests of adapter %s end with an error: %s", request.lora_name, error)
+                failed.append(request.lora_int_id)
+        manager.note_failed(failed)
         if others:
             manager.compressed.forget_unannounced(lora_requests)
 
@@ -42,6 +59,12 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return self._add(lora_request, announced=True)
 
     def _add(self, request: LoRARequest, *, announced: bool) -> bool:
+        if request.lora_path in self._unreadable:
+            # The prefix cache holds blocks that the base model wrote in its place.
+            raise JDLoRAError(
+                f"adapter {request.lora_name!r} could not be read when a step wanted it: "
+                f"{self._unreadable[request.lora_path]}; restart the server to try again"
+            )
         manager, compressed = self._adapter_manager, self._adapter_manager.compressed
         lora_id = request.lora_int_id
         if compressed.directory.is_bound(request):
