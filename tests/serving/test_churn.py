@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +214,8 @@ async def run(server, history, prompts, collections, folders):
         early, (done, *_) = await asyncio.gather(measure(), asyncio.wait_for(work, SECONDS + 120))
         late = anonymous_bytes(server)
         listed = (await client.get("/v1/models")).json()["data"]
-        assert (await client.get("/health")).status_code == 200
+        reused = re.findall(r"^vllm:prefix_cache_hits_total\S* (\S+)$", (await client.get("/metrics")).text, re.M)
+        assert sum(map(float, reused)) > 0
         for name in [n for n, content in history.now().items() if content in folders]:
             assert (await client.post("/v1/unload_lora_adapter", json={"lora_name": name})).status_code == 200
     return answers, done, early, late, {m["id"] for m in listed}
@@ -233,7 +235,8 @@ def test_every_answer_is_of_a_content_that_its_name_had(
     first = next(iter(collections.values()))
     history = History({name: [Spell(content, 0.0)] for name, content in first.items()})
     history.spells["base"] = [Spell(None, 0.0)]  # the base model is no adapter, and always there
-    prompts = [tokenizer(text)["input_ids"][: 32 + 1 + i] for i, text in enumerate(PROMPTS)]
+    # Longer than a block of 32 tokens, so that blocks of the prefix cache are reused, and must be the right ones.
+    prompts = [tokenizer(2 * text)["input_ids"][:44] for text in PROMPTS]
     answers, done, early, late, listed = asyncio.run(run(server, history, prompts, collections, folders))
     print(f"{len(answers)} answers; {done}; {early >> 20} -> {late >> 20} MiB")
 
