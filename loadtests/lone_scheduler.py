@@ -52,6 +52,7 @@ def lone_scheduler(
     max_num_batched_tokens: int = 8192,
     kv_blocks: int = 100_000,
     policy: str = "fcfs",
+    max_loras: int | None = None,
     make: Callable[..., Scheduler] | None = None,
 ) -> Scheduler:
     """The scheduler that a server with these options has; without options vLLM's own.
@@ -59,11 +60,12 @@ def lone_scheduler(
     Args:
         folder: a model's config.json is written there.
         kv_blocks: of 16 tokens each.
+        max_loras: vLLM's limit; as many as there are slots if not given.
         make: in place of the scheduler factory that the options choose.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_MODEL))
-    loras = _PLENTY if options is None else (options.scaling_slots or 0) + (options.plain_slots or 0)
+    slots = _PLENTY if options is None else (options.scaling_slots or 0) + (options.plain_slots or 0)
     config = VllmConfig(
         model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", seed=0),
         scheduler_config=SchedulerConfig(
@@ -76,7 +78,7 @@ def lone_scheduler(
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 20),
         device_config=DeviceConfig("cpu"),
-        lora_config=LoRAConfig(max_lora_rank=16, max_loras=loras, lora_dtype="auto"),
+        lora_config=LoRAConfig(max_lora_rank=16, max_loras=max_loras or slots, lora_dtype="auto"),
         additional_config={} if options is None else options.put_into({}),
     )
     config.cache_config.num_gpu_blocks = kv_blocks

@@ -144,12 +144,12 @@ def test_as_many_slots_as_requests_can_run_never_limit_them(make):
     assert type(scheduler.waiting) is FCFSRequestQueue and len(scheduler.running) == 8
 
 
-def test_bases_of_two_revisions_are_different_bases(make):
+def test_revisions_that_are_served_at_once_share_their_bases(make):
     scheduler = make({"base_slots": 1})
-    for revision in ("r", "s"):
-        scheduler.add_request(new_request(compressed_adapter(0, cluster=0, revision=revision)))
+    for cluster, revision in ((0, "r"), (1, "r"), (0, "s")):
+        scheduler.add_request(new_request(compressed_adapter(0, cluster, revision=revision)))
     run_step(scheduler)
-    assert len(scheduler.running) == 1
+    assert [r.lora_request.lora_path[:8] for r in scheduler.running] == ["jd://r:0", "jd://s:0"]
 
 
 KINDS = {

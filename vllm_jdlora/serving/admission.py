@@ -207,6 +207,6 @@ class Admission:
         if path is None:
             wanted: list[tuple[Slots | None, Hashable]] = [(self.plain, lora_request.lora_int_id)]
         else:
-            cluster = (path.revision, path.cluster)
-            wanted = [(self.scaling, lora_request.lora_int_id), (self.bases, cluster)]
+            # Revisions that are served at once share their bases.
+            wanted = [(self.scaling, lora_request.lora_int_id), (self.bases, path.cluster)]
         return tuple((slots, key) for slots, key in wanted if slots is not None)

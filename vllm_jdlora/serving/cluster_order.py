@@ -1,9 +1,9 @@
 """The order of admission where base slots are scarce: a step touches few clusters, and bases are seldom swapped.
 
 Requests whose cluster runs go first, as they need no base slot more. A free base slot goes to a cluster whose bases
-are still on the device from its last use, else to the one that most requests wait for, so that a swap serves many.
-Of the rest of the admissions one in a few is the oldest request's, if it has waited longer than the age cap: requests
-of popular clusters cannot pass it for ever.
+are still on the device from its last use, else to the one whose requests have waited for most seconds in all, so that
+a swap serves many of them. One admission in a few is the oldest request's, if it has waited longer than the age cap:
+requests of popular clusters cannot pass it for ever.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class ClusterQueue(LaneQueue):
     def _rank(self, lane: Lane) -> tuple[Any, int, Lane]:
         cluster = next((key for slots, key in lane.needs if slots is self._bases), None)
         if cluster is None or cluster in self._bases.holders:
-            order = (0, 0)
+            order = (0, 0.0)
         else:
-            order = (1 if cluster in self._resident else 2, -len(lane.requests))
+            waited = len(lane.requests) * self._admission.now - lane.arrived
+            order = (1 if cluster in self._resident else 2, -waited)
         return (*order, lane.number), lane.number, lane

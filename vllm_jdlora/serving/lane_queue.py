@@ -28,13 +28,18 @@ _Needs = tuple[tuple[Slots, Hashable], ...]
 
 
 class Lane:
-    """Waiting requests [oldest first] that need the same scarce slots."""
+    """Waiting requests [oldest first] that need the same scarce slots.
 
-    __slots__ = ("needs", "requests")
+    Attributes:
+        arrived: sum of the times of their arrivals.
+    """
+
+    __slots__ = ("arrived", "needs", "requests")
 
     def __init__(self, needs: _Needs):
         self.needs = needs
         self.requests: deque[Any] = deque()
+        self.arrived = 0.0
 
     @property
     def number(self) -> int:
@@ -88,6 +93,7 @@ class LaneQueue(RequestQueue):
             lane.requests.append(request)
         else:
             lane.requests.insert(bisect_left(lane.requests, number, key=lambda r: ticket_of(r).number), request)
+        lane.arrived += ticket_of(request).since
         self._length += 1
         group.length += 1
         self._unseen[request] = None
@@ -211,6 +217,7 @@ class LaneQueue(RequestQueue):
 
     def _left(self, request: Any, lane: Lane) -> None:
         group = self._group(lane)
+        lane.arrived -= ticket_of(request).since
         self._length -= 1
         group.length -= 1
         self._unseen.pop(request, None)
