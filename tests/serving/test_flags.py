@@ -1,6 +1,7 @@
 """The flags of `vllm serve`: what they turn into, and which combinations are refused with a reason."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -213,3 +214,21 @@ def test_buffers_are_as_wide_as_vllm_has_them():
     assert [buffer_rank(r) for r in (1, 7, 16, 17, 48, 200, 512)] == [1, 8, 16, 32, 64, 256, 512]
     with pytest.raises(JDLoRAError, match="512"):
         buffer_rank(513)
+
+
+def test_compiled_code_is_kept_for_every_collection_and_not_for_another_model_config(parser, files, tmp_path):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    other = compress([read_adapter(f) for f in sorted(files["dir"].iterdir())], tmp_path / "other", rank=8, clusters=2)
+
+    def key(collection, *flags):
+        args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={collection}", *flags)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        sent = pickle.loads(pickle.dumps(config))  # as workers get it
+        assert ServingOptions.from_additional_config(sent.additional_config).collection == str(collection)
+        assert sent.compute_hash() == config.compute_hash()
+        return config.compute_hash()
+
+    first = key(files["collection"], "--jd-scaling-slots=2")
+    assert first == key(other.path, "--jd-scaling-slots=2")
+    assert first != key(files["collection"], "--jd-scaling-slots=2", '--additional-config={"other": 1}')

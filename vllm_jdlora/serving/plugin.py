@@ -66,6 +66,7 @@ def _wrap_create_engine_config(engine_args: Any) -> None:
 
         if ServingOptions.from_additional_config(self.additional_config) is None:
             return original(self, *args, **kwargs)
+        from vllm_jdlora.serving.compile_key import CompileKey
         from vllm_jdlora.serving.engine_settings import apply_to_engine_args, restore_compilation
 
         apply_to_engine_args(self)
@@ -75,6 +76,7 @@ def _wrap_create_engine_config(engine_args: Any) -> None:
             wrap_api_server()
         config = original(self, *args, **kwargs)
         restore_compilation(config)
+        config.additional_config = CompileKey(config.additional_config)
         return config
 
     engine_args.create_engine_config = create_engine_config

@@ -76,6 +76,15 @@ REGISTER: tuple[Touchpoint, ...] = (
         "frontend",
     ),
     Touchpoint(
+        "vllm.config",
+        "VllmConfig.compute_hash",
+        "read",
+        "asks an additional_config that is no dict for its own digest: a collection is no part of the compile key",
+        ("self",),
+        "frontend",
+        ("additional_config", "compute_hash"),
+    ),
+    Touchpoint(
         "vllm.entrypoints.openai.models.protocol",
         "LoRAModulePath",
         "call",
