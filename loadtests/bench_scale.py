@@ -18,22 +18,21 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import aiohttp
-import httpx
 from bench_conditions import ROOT, available_bytes, conditions, default_dtype, default_model
 from bench_engine import stop_on_termination
 from lora_step_clock import EXTENSION
 from openai_client import open_session
 from process_tree import child_of_port, cpu_seconds, memory_by_process
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from scale_report import DISK, PAGE_CACHE, Listing, Served, StartUps, Traffic, goals_of, print_tables
-from scale_traffic import Ask, Shape, closed_loop, cold_beside_warm, uniform
+from scale_report import DISK, PAGE_CACHE, Served, StartUps, Traffic, goals_of, print_tables
+from scale_server import Running
+from scale_traffic import Ask, Shape, cold_beside_warm, uniform
 from synthetic_collections import ATTENTION, model_slices, write_collection
 
 from vllm_jdlora.collection import Collection
@@ -46,42 +45,6 @@ SIZES = (100, 1_000, 10_000, 100_000)
 _FAMILIAR = 32
 _GIBIBYTES_PER_SERVER = 2.0
 _SLOT_GIBIBYTES = 2.0
-
-
-@dataclass
-class Running:
-    """A server that is up, and which of its adapters were asked for."""
-
-    server: Server
-    names: list[str]
-    asked: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self._http = httpx.Client(base_url=self.server.url, timeout=60, trust_env=False)
-
-    def call(self, method: str) -> Any:
-        """A method of its worker."""
-        response = self._http.post("/collective_rpc", json={"method": method}).raise_for_status()
-        return response.json()["results"][0] if response.content else None
-
-    def listing(self, times: int = 5) -> Listing:
-        seconds = []
-        for _ in range(times):
-            start = time.perf_counter()
-            response = self._http.get("/v1/models").raise_for_status()
-            seconds.append(time.perf_counter() - start)
-        return Listing(seconds, len(response.json()["data"]), len(response.content))
-
-    def metrics_lines(self) -> int:
-        return len(self._http.get("/metrics").raise_for_status().text.splitlines())
-
-    async def ask(
-        self, session: aiohttp.ClientSession, asks: list[Ask], concurrency: int, answered: Callable[[], None]
-    ) -> tuple[list[tuple[Ask, float]], float]:
-        """(request, seconds to its first token), and seconds of all."""
-        self.asked.update(ask.model for ask in asks)
-        done, seconds = await closed_loop(session, self.server.url, asks, concurrency, answered)
-        return [(ask, timing.ttft or 0.0) for ask, timing in done], seconds
 
 
 class Bench:
