@@ -59,6 +59,8 @@ def by_vllm(load: Load, scratch: Path, round_: int) -> float:
             *("bench", "serve", "--backend", "openai", "--base-url", load.url, "--endpoint", "/v1/completions"),
             *("--model", load.served.base, "--tokenizer", str(load.tokenizer), "--dataset-name", "random"),
             *("--random-input-len", str(load.prompt), "--random-output-len", str(load.output), "--ignore-eos"),
+            # By itself it samples, which costs the server time; the locustfile asks for greedy answers.
+            *("--temperature", "0"),
             *("--num-prompts", str(load.requests), "--max-concurrency", str(load.users), "--seed", str(round_)),
             *("--lora-modules", *load.served.adapters, "--lora-assignment", "random", "--disable-tqdm"),
             *("--save-result", "--result-filename", str(result)),

@@ -49,6 +49,7 @@ def plot(points: Points, file: Path = PICTURE) -> Path:
         _band(first, [x for m in points.values() for x in m.ttft(base=True)], "(a) base without LoRA")
         _curves(first, points, Measured.ttft)
         first.set(title="median time to the first token, s", yscale="log")
+        first.yaxis.set_major_formatter("{x:g}")
         _curves(of_base, points, lambda m: m.ratios)
         of_base.axhline(1, **REFERENCE_LINE)
         of_base.axhline(LEAST_OF_BASE, **{**REFERENCE_LINE, "ls": ":"}, label=f"goal {LEAST_OF_BASE}")
