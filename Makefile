@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-scale bench-cpu-grouped figure1 loadtest gpu-check clean
+.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-scale bench-cpu-grouped bench-scheduler figure1 loadtest gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,6 +61,10 @@ figure1: setup  ## the paper's Figure 1 on real servers: hours, goes on where it
 
 loadtest: setup  ## Locust over the adapters of a running server, web page on port 8089 (LOADTEST=flags, as --host URL)
 	$(BIN)/locust -f loadtests/locustfile.py $(LOADTEST)
+
+bench-scheduler: setup  ## which requests run together where bases are swapped: simulated with vLLM's scheduler, and on engines
+	$(BIN)/python loadtests/simulate_scheduler.py --plot docs/scheduler.svg
+	$(BIN)/python loadtests/bench_cluster_order.py
 
 gpu-check:  ## on a machine with a GPU: are the kernels right, and how fast; needs torch and triton only
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) kernels/gpu_check.py
