@@ -49,7 +49,7 @@ class EngineSpec:
 
 
 class _Served:
-    """An engine's process: the engine, and the requests' adapters by cluster."""
+    """An engine's process: the engine, and the adapters of each cluster that has any."""
 
     engine: Any
     by_cluster: list[list[Any]]
@@ -79,9 +79,10 @@ def start(spec: EngineSpec) -> None:
     collection = Collection.open(spec.collection, verify=False)
     requests = lora_requests(collection)
     _Served.engine = llm
-    _Served.by_cluster = [[] for _ in range(collection.manifest.clusters)]
+    by_cluster: dict[int, list[Any]] = {}
     for entry in collection.manifest.adapters:
-        _Served.by_cluster[entry.cluster].append(requests[entry.name])
+        by_cluster.setdefault(entry.cluster, []).append(requests[entry.name])
+    _Served.by_cluster = [by_cluster[cluster] for cluster in sorted(by_cluster)]
 
 
 def take_turn(traffic: TrafficSpec) -> dict[str, Any]:
@@ -138,23 +139,24 @@ def _serve(engine: Any, trace: Trace) -> tuple[dict[int, float], int, float]:
 def compare(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for each turn of each engine."""
     model = given.model or default_model()
-    traffic = TrafficSpec(
-        given.clusters,
-        given.requests,
-        arrivals=f"gamma:{given.rate:g}:1",
-        popularity=f"zipf:{given.zipf:g}",
-        prompt=(max(1, given.prompt // 2), given.prompt + given.prompt // 2 + 1),
-        output=(max(1, given.answer // 2), given.answer + given.answer // 2 + 1),
-        seed=given.seed,
-    )
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("writing the collection", total=3 + 2 * given.rounds)
         adapters, rank = given.clusters * given.members, given.rank
-        write_collection(
+        collection = write_collection(
             folder / "c", model, TARGETS[given.targets], adapters=adapters, clusters=given.clusters, rank=rank
         )
         progress.advance(task)
+        traffic = TrafficSpec(
+            len({entry.cluster for entry in collection.manifest.adapters}),
+            given.requests,
+            arrivals=f"gamma:{given.rate:g}:1",
+            popularity=f"zipf:{given.zipf:g}",
+            prompt=(max(1, given.prompt // 2), given.prompt + given.prompt // 2 + 1),
+            output=(max(1, given.answer // 2), given.answer + given.answer // 2 + 1),
+            seed=given.seed,
+        )
+        warm_up = TrafficSpec(traffic.adapters, 8, prompt=(8, 9), output=(4, 5))
         engines = {}
         for order in (False, True):
             progress.update(task, description=f"starting the engine with cluster order {'on' if order else 'off'}")
@@ -169,7 +171,7 @@ def compare(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             )
             engines[order] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, (spec,))
             # The first steps of an engine are slow.
-            engines[order].submit(take_turn, TrafficSpec(given.clusters, 8, output=(4, 5), prompt=(8, 9))).result()
+            engines[order].submit(take_turn, warm_up).result()
             progress.advance(task)
         for round_ in range(given.rounds):
             for order, engine in engines.items():
