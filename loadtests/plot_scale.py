@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_conditions import ROOT
+from scale_report import DISK, PAGE_CACHE
 
 from vllm_jdlora.evaluation.plot_style import BLUE, GREEN, ORANGE, REFERENCE_LINE, VERMILION, SavedFigure
 
@@ -19,14 +20,14 @@ PICTURE = ROOT / "docs" / "scale.svg"
 
 @dataclass(frozen=True)
 class Figures:
-    """What is drawn. served: of each size, the smallest first. starts: by size, and ``base``."""
+    """What is drawn: served of each size, the smallest first; starts of each size, and without LoRA in the same run."""
 
     served: list[dict[str, Any]]
-    starts: dict[str, dict[str, list[float]]]
+    starts: dict[int, tuple[dict[str, Any], dict[str, Any]]]
 
 
 def newest(results: Path, *, quick: bool = False) -> Figures:
-    """The newest figures of each size, and the newest starts: those of different runs are not comparable.
+    """The newest figures of each size. Runs differ in speed: what is drawn of times is within a run.
 
     Raises:
         SystemExit: there are none.
@@ -34,10 +35,15 @@ def newest(results: Path, *, quick: bool = False) -> Figures:
     lines = results.read_text().splitlines() if results.exists() else []
     records = [record for record in map(json.loads, filter(None, lines)) if record["quick"] <= quick]
     served = {s["adapters"]: s for record in records for s in record["served"]}
-    starts = [record["starts"] for record in records if record["starts"]]
+    starts = {
+        int(size): (found, record["starts"]["base"])
+        for record in records
+        for size, found in record["starts"].items()
+        if size != "base"
+    }
     if not served:
         raise SystemExit(f"{results}: no record to draw; run `make bench-scale` first")
-    return Figures([served[adapters] for adapters in sorted(served)], starts[-1] if starts else {})
+    return Figures([served[adapters] for adapters in sorted(served)], dict(sorted(starts.items())))
 
 
 def plot(figures: Figures, file: Path = PICTURE) -> Path:
@@ -78,25 +84,26 @@ def _throughput(axis: Any, served: list[dict[str, Any]], sizes: list[int]) -> No
 
 def _first_tokens(axis: Any, served: list[dict[str, Any]], sizes: list[int]) -> None:
     for percentile, line in (("p50", "-"), ("p99", "--")):
-        uniform = [1e3 * s["beside_reference"]["own"]["ttft_seconds"][percentile] for s in served]
-        axis.plot(sizes, uniform, color=BLUE, ls=line, marker="o", label=f"under load, {percentile}")
-    for kind, colour in (("warm", ORANGE), ("cold", VERMILION)):
-        found = [(s["adapters"], s["cold"]["disk"][kind]["p99"]) for s in served if "disk" in s["cold"]]
-        if found:
-            axis.plot(*zip(*((n, 1e3 * p99) for n, p99 in found), strict=True), color=colour, marker="s", ls="--",
-                      label=f"{kind}, alone, p99")  # fmt: skip
-    axis.set(title="first token, ms", ylim=(0, None))
+        pairs = [[s["beside_reference"][side]["ttft_seconds"] for side in ("own", "reference")] for s in served]
+        shares = [100 * own[percentile] / reference[percentile] for own, reference in pairs]
+        label = f"under load, of {sizes[0]:,} adapters, {percentile}"
+        axis.plot(sizes, shares, color=BLUE, ls=line, marker="o", label=label)
+    for where, said, colour in ((PAGE_CACHE, "in the page cache", ORANGE), (DISK, "on disk", VERMILION)):
+        if found := [(s["adapters"], 100 * s["cold"][where]["p99_ratio"]) for s in served if where in s["cold"]]:
+            label = f"never asked for, Σ {said}, of familiar ones, p99"
+            axis.plot(*zip(*found, strict=True), color=colour, marker="s", ls="--", label=label)
+    axis.axhline(110, **REFERENCE_LINE)
+    axis.set(title="time to first token, %", ylim=(0, None))
 
 
-def _start_ups(axis: Any, starts: dict[str, dict[str, list[float]]]) -> None:
-    base = starts.get("base")
-    sizes = [int(size) for size in starts if size != "base"]
-    axis.set(title="start-up beyond that without LoRA, s")
-    if base is None or not sizes:
-        return
+def _start_ups(axis: Any, starts: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    axis.set(title="start-up beyond that without LoRA in the same round, s")
     for kind, label, colour in (("seconds", "until ready", BLUE), ("cpu_seconds", "of a processor", ORANGE)):
-        more = [statistics.median(a - b for a, b in zip(starts[str(n)][kind], base[kind], strict=True)) for n in sizes]
-        axis.plot(sizes, more, color=colour, marker="o", label=label)
+        more = [
+            statistics.median(a - b for a, b in zip(own[kind], base[kind], strict=True))
+            for own, base in starts.values()
+        ]
+        axis.plot(list(starts), more, color=colour, marker="o", label=label)
     axis.axhline(0, **REFERENCE_LINE)
 
 

@@ -182,7 +182,8 @@ def print_tables(served: Sequence[Served], starts: dict[int | None, StartUps], g
             f"{1e3 * statistics.median(s.listing.seconds):.0f}",
             f"{total(s.memory, 'anonymous') / 1e9:.2f}, {total(s.memory, 'file') / 1e9:.2f}",
         )
-    console.print(table)
+    if served:
+        console.print(table)
     if starts:
         table = Table(title="start-up, caches filled: medians, and differences within a round")
         for column in ("adapters", "s", "more than without LoRA", "processor s", "more"):
