@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,7 +19,9 @@ from aiohttp import web
 from tests.loadtests.openai_server import event, piece, serving, streamed, usage
 from vllm_jdlora.demo.server import free_port
 
-pytest.importorskip("locust", reason="the extra `loadtest` is not installed")
+# Importing locust here would let gevent patch the whole test process.
+if importlib.util.find_spec("locust") is None:
+    pytest.skip("the extra `loadtest` is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 MODELS = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in ("good", "also-good", "gone"))]
