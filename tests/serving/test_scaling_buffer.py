@@ -1,5 +1,7 @@
 """Σ lie in the device's rows as a loop over slices would put them there."""
 
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +67,20 @@ def test_damaged_scalings_are_refused_and_leave_the_slot_as_it_was(bad):
     with pytest.raises(JDLoRAError, match="rank 8"):
         buffer.write(0, good[:, :4, :4], "small")
     assert torch.equal(buffer.sigma[0, :2], good)
+
+
+def test_slots_take_no_memory_on_cpu_before_they_are_used():
+    """A collection of 20,000 adapters starts as quickly as a small one."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    buffer = ScalingBuffer(4000, 90, 16, diagonal=False, dtype=torch.float32, device="cpu")
+    buffer.lay_out(layout([0], [0]), 16)
+    buffer.write(17, torch.ones(1, 16, 16), "a")
+    assert buffer.sigma.nbytes > 350 << 20
+    assert resident() - before < 40 << 20
 
 
 def test_large_scalings_whose_sum_overflows_are_served():

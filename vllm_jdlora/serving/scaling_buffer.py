@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.kernels import cpu_pages
 from vllm_jdlora.serving.module_slices import ModuleSlices
 
 STAGING_BYTES = 64 << 20
@@ -44,7 +46,12 @@ class ScalingBuffer:
             device: of the buffer. Rows go to a GPU by way of pinned host memory.
         """
         identity = torch.ones(rank) if diagonal else torch.eye(rank)
-        self.sigma = torch.zeros((slots + 1, rows, *identity.shape), dtype=dtype, device=device)
+        shape = (slots + 1, rows, *identity.shape)
+        if torch.device(device).type == "cpu":
+            # Takes no room before it is written, so slots cost what is used of them.
+            self.sigma = cpu_pages.zeros(slots + 1, math.prod(shape[1:]), dtype).view(shape)
+        else:
+            self.sigma = torch.zeros(shape, dtype=dtype, device=device)
         self.sigma[slots] = identity.to(self.sigma)
         self.slots, self._rank = slots, rank
         self._order = self._covered = torch.empty(0, dtype=torch.int64)
@@ -71,7 +78,7 @@ class ScalingBuffer:
             slices: which row each slice of the collection has.
             rank: of the collection, at most R.
         """
-        if self._laid_out:  # fresh memory is zero, and on CPU takes no room before it is written
+        if self._laid_out:  # fresh memory is zero
             self.sigma[: self.slots] = 0
         self._laid_out = True
         if self._staging is not None:
