@@ -122,12 +122,14 @@ def test_every_rank_equals_the_reference(rank, diagonal, dense):
 def test_the_v_of_all_clusters_gives_each_token_its_own(clusters, tokens, kind):
     """With clusters that no token is in, and with more tokens than a tile has, which serving leaves to the other form.
 
-    In one part, as here, each token's bits are those of the other form: the same sums in the same order.
+    In one part, as here, the sums are those of the other form; the interpreter's products are numpy's, which may add
+    them in another order for another shape, so the last bit of the result can differ.
     """
     cases = [problem(clusters=clusters, tokens=tokens, kind=kind, d_in=48, dense=dense) for dense in (True, False)]
     together, by_cluster = map(run, cases)
     assert_equals_reference(cases[0], together)
-    assert torch.equal(together, by_cluster)
+    step = torch.finfo(by_cluster.dtype).eps
+    torch.testing.assert_close(together, by_cluster, rtol=2 * step, atol=2 * step)
 
 
 @pytest.mark.parametrize("diagonal", [False, True], ids=["full", "diag"])
