@@ -4,24 +4,6 @@ import json
 import sys
 from typing import ClassVar
 
-import pytest
-
-
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = {
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
 
 class Instant:
     """Stands in for an engine; `c64` dies at its start and `p32` in its second turn."""

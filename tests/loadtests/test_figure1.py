@@ -11,23 +11,6 @@ from vllm_jdlora.errors import JDLoRAError
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture
-def model(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = {
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "vocab_size": 100,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 class Instant:
     """Stands in for a server."""
 
