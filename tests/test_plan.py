@@ -118,6 +118,22 @@ def test_room_is_counted_in_slots_and_scalings_as_a_server_allocates_them(adapte
 DESCRIBED = ("--adapter-rank", "16", "--target-modules", "q_proj,v_proj")
 
 
+def test_a_plain_adapter_of_higher_rank_widens_every_buffer_of_the_server(adapters, tmp_path, capsys):
+    stranger = tiny_llama.write_adapter(tmp_path / "stranger", 9, rank=24, targets=["q_proj", "v_proj"])
+    assert main(["compress", str(adapters), "-o", str(tmp_path / "c"), "--rank", "4", "--clusters", "1"]) == 0
+    narrow = planned_after(capsys, tmp_path / "c")
+    assert main(["add", str(tmp_path / "c"), str(stranger), "--max-error", "0.1"]) == 0
+    wide = planned_after(capsys, tmp_path / "c")
+    assert wide["each_adapter"] == 4 * narrow["each_adapter"]  # Σ [32, 32] and not [16, 16]
+    assert wide["bases"] == 2 * narrow["bases"] and wide["plain_slots"] == 2 * narrow["plain_slots"]
+
+
+def planned_after(capsys, collection) -> dict:
+    """Device bytes of a collection, whatever was printed before."""
+    capsys.readouterr()
+    return planned(capsys, collection)["choices"][0]["bytes"]["device"]
+
+
 def test_adapters_that_are_only_described_are_planned_for_from_the_models_config(tmp_path, capsys):
     model = tiny_models.write_model(tmp_path / "model", "llama")
     (model / "model.safetensors").unlink()  # the config is enough

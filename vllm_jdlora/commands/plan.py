@@ -153,7 +153,10 @@ def _of_collection(args: argparse.Namespace) -> tuple[dict[str, Any], Room, dict
         always_plain=sum(PLAIN_WIDTH * p.parameters for p in manifest.plain),
     )
     shapes = shapes_of(manifest.slices)
-    rank = max([a.rank for a in manifest.adapters] + [p.rank for p in manifest.plain])
+    plain_ranks = [p.rank for p in manifest.plain]
+    rank = max([a.rank for a in manifest.adapters] + plain_ranks)
+    # A server's buffers have one width, and its plain adapters must fit into them.
+    args = argparse.Namespace(**{**vars(args), "max_lora_rank": max([args.max_lora_rank, *plain_ranks])})
     room, facts = room_of(args, sizes, shapes, rank)
     errors = [a.relative_error for a in manifest.adapters]
     squared = sum(e * e for e in errors) / len(errors)
