@@ -6,22 +6,24 @@ What is accepted and refused follows vLLM 0.32 (``vllm/lora/lora_model.py``, ``u
 
 import hashlib
 import os
+import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.peft_config import CONFIG_FILE, HEADS, PeftConfig
+from vllm_jdlora.peft_config import CONFIG_FILE, HEADS, MAX_MODULE_NAME, PeftConfig
+from vllm_jdlora.tensor_file import Identity, StoredTensor, TensorFile, read_again
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLED_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
 _PREFIX = "base_model.model."
 _FLOATING = {"F16", "BF16", "F32"}
 _MAX_NAME_BYTES = 200
+_MOST_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Adapter:
     """One checked PEFT LoRA. Its weights stay on disk until ``factors`` is called.
 
     ``plain_only`` says why an adapter that vLLM can serve cannot be compressed; None for all others.
-    ``parameters`` counts the numbers in A and B; ``sha256`` is the digest of the config and the weights.
+    ``parameters`` counts the numbers in A and B; ``sha256`` is the digest of the config and the weights. ``keys`` and
+    ``places`` say how A and B of a slice are called and where they lie in the weights file, ``weights`` what that file
+    was when it was checked.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Adapter:
     parameters: int
     slices: Mapping[str, AdapterSlice]
     keys: Mapping[str, tuple[str, str]]
+    places: Mapping[str, tuple[StoredTensor, StoredTensor]]
+    weights: Identity
     plain_only: str | None = None
 
     def factors(self, slice_name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -68,16 +74,8 @@ class Adapter:
         """
         if slice_name not in self.slices:
             return None
-        key_a, key_b = self.keys[slice_name]
-        part = self.slices[slice_name]
-        with _open_weights(self.path / WEIGHTS_FILE) as weights:
-            try:
-                a, b = weights.get_tensor(key_a).float(), weights.get_tensor(key_b).float()
-            except (SafetensorError, OSError) as error:
-                raise JDLoRAError(f"{self.path / WEIGHTS_FILE}: changed since it was checked ({error})") from error
-        if tuple(a.shape) != (part.rank, part.shape.d_in) or tuple(b.shape) != (part.shape.d_out, part.rank):
-            raise JDLoRAError(f"{self.path / WEIGHTS_FILE}: changed since it was checked ({slice_name})")
-        return b * part.scale, a
+        a, b = read_again(self.path / WEIGHTS_FILE, self.weights, self.places[slice_name])
+        return b.float() * self.slices[slice_name].scale, a.float()
 
 
 def read_adapter(path: Path, name: str | None = None) -> Adapter:
@@ -100,34 +98,42 @@ def read_adapter(path: Path, name: str | None = None) -> Adapter:
     slices: dict[str, AdapterSlice] = {}
     plain_only = f"modules_to_save {config.heads}" if config.heads else None
     parameters = 0
-    with _open_weights(weights_file) as weights:
-        for key in sorted(weights.keys()):
-            parsed = _parse_tensor_name(key, weights_file)
-            if parsed is None:
-                continue
-            module, side = parsed
-            if module in HEADS:
-                if module not in config.heads:
-                    raise JDLoRAError(f"{weights_file}: {key}: a head that modules_to_save does not name")
-                continue
-            if side in keys.setdefault(module, {}):
-                raise JDLoRAError(f"{weights_file}: {key}: the second {side} for {module}; keep one")
-            keys[module][side] = key
-            parameters += _check_tensor(weights, key, weights_file)
-            plain_only = plain_only or _plain_only_reason(key, module)
-        for module, pair in keys.items():
-            slices[module] = _checked_slice(weights, weights_file, module, pair, config)
+    weights = TensorFile(weights_file)
+    for key in sorted(weights.tensors):
+        parsed = _parse_tensor_name(key, weights_file)
+        if parsed is None:
+            continue
+        module, side = parsed
+        if module in HEADS:
+            if module not in config.heads:
+                raise JDLoRAError(f"{weights_file}: {key}: a head that modules_to_save does not name")
+            continue
+        if side in keys.setdefault(module, {}):
+            raise JDLoRAError(f"{weights_file}: {key}: the second {side} for {module}; keep one")
+        keys[module][side] = key
+        parameters += _check_tensor(weights, key, weights_file)
+        plain_only = plain_only or _plain_only_reason(key, module)
+    started = time.monotonic()
+    for module, pair in keys.items():
+        if time.monotonic() - started > _MOST_SECONDS:
+            raise JDLoRAError(f"{path / CONFIG_FILE}: its patterns take too long to match: name modules instead")
+        slices[module] = _checked_slice(weights, weights_file, module, pair, config)
     if not slices:
         raise JDLoRAError(f"{weights_file}: no LoRA weights in it")
+    digest = weights.digest()
+    if weights.now() != weights.identity:
+        raise JDLoRAError(f"{weights_file}: changed while it was read; read it again when it is at rest")
     return Adapter(
         name=name,
         path=path,
         base_model=config.base_model,
         rank=max(part.rank for part in slices.values()),
-        sha256=content_digest(path),
+        sha256=_joined(file_digest(path / CONFIG_FILE), digest),
         parameters=parameters,
         slices=slices,
         keys={module: (pair["A"], pair["B"]) for module, pair in keys.items()},
+        places={module: (weights.tensors[pair["A"]], weights.tensors[pair["B"]]) for module, pair in keys.items()},
+        weights=weights.identity,
         plain_only=plain_only,
     )
 
@@ -182,7 +188,25 @@ def check_adapter_name(name: str) -> None:
 
 def content_digest(path: Path) -> str:
     """SHA-256 over the SHA-256 of config and weights: what makes two PEFT folders the same adapter."""
-    return hashlib.sha256((file_digest(path / CONFIG_FILE) + file_digest(path / WEIGHTS_FILE)).encode()).hexdigest()
+    return _joined(file_digest(path / CONFIG_FILE), file_digest(path / WEIGHTS_FILE))
+
+
+def _joined(config: str, weights: str) -> str:
+    return hashlib.sha256((config + weights).encode()).hexdigest()
+
+
+def copy_files(adapter: Adapter, folder: Path) -> None:
+    """The adapter's config and weights into a new folder.
+
+    Raises:
+        JDLoRAError: it is not what it was when it was read.
+        OSError: the disk refuses.
+    """
+    folder.mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(adapter.path / name, folder / name)
+    if content_digest(folder) != adapter.sha256:
+        raise JDLoRAError(f"{adapter.path}: changed since it was read; start again when it is at rest")
 
 
 def file_digest(path: Path) -> str:
@@ -209,6 +233,8 @@ def _parse_tensor_name(key: str, file: Path) -> tuple[str, str] | None:
         module, side = ".".join(parts[:-1]), parts[-1][-1]
     elif parts[-1] in ("weight", "bias") and len(parts) >= 2 and parts[-2] in HEADS:
         return parts[-2], ""
+    if len(module) > MAX_MODULE_NAME:
+        raise JDLoRAError(f"{file}: {key[:80]!a}… is {len(module)} characters long; no model has such a module")
     if not module or not module.isprintable() or " " in module or "" in module.split("."):
         raise JDLoRAError(f"{file}: {key[:200]!a} is not the name of a LoRA weight that vLLM reads")
     return module, side
@@ -222,24 +248,25 @@ def _plain_only_reason(key: str, module: str) -> str | None:
     return None
 
 
-def _check_tensor(weights: Any, key: str, file: Path) -> int:
+def _check_tensor(weights: TensorFile, key: str, file: Path) -> int:
     """Check one tensor's dtype, dimensions and values; its number of elements."""
-    part = weights.get_slice(key)
-    shape, dtype = part.get_shape(), part.get_dtype()
+    dtype, shape, _ = weights.tensors[key]
     if dtype not in _FLOATING:
         raise JDLoRAError(f"{file}: {key}: dtype {dtype}; must be fp16, bf16 or fp32")
     if len(shape) != 2 or 0 in shape:
-        raise JDLoRAError(f"{file}: {key}: shape {shape}; must be a matrix that is not empty")
-    if not bool(torch.isfinite(weights.get_tensor(key)).all()):
+        raise JDLoRAError(f"{file}: {key}: shape {list(shape)}; must be a matrix that is not empty")
+    if not bool(torch.isfinite(weights.read(key)).all()):
         raise JDLoRAError(f"{file}: {key}: holds NaN or infinity; train or export this adapter again")
-    return int(shape[0] * shape[1])
+    return shape[0] * shape[1]
 
 
-def _checked_slice(weights: Any, file: Path, module: str, pair: Mapping[str, str], config: PeftConfig) -> AdapterSlice:
+def _checked_slice(
+    weights: TensorFile, file: Path, module: str, pair: Mapping[str, str], config: PeftConfig
+) -> AdapterSlice:
     for side in "AB":
         if side not in pair:
             raise JDLoRAError(f"{file}: {module}: lora_{side} is missing")
-    (rank_a, d_in), (d_out, rank_b) = (weights.get_slice(pair[side]).get_shape() for side in "AB")
+    (rank_a, d_in), (d_out, rank_b) = (weights.tensors[pair[side]].shape for side in "AB")
     rank, scale = config.rank_and_scale(module)
     # vLLM splits fused expert weights by its own rules, and they are never compressed: no rank to compare.
     fused_experts = "experts" in (
@@ -251,13 +278,6 @@ def _checked_slice(weights: Any, file: Path, module: str, pair: Mapping[str, str
             f"{file}: {module}: A is [{rank_a}, {d_in}], B is [{d_out}, {rank_b}], but {CONFIG_FILE} says rank {rank}"
         )
     return AdapterSlice(SliceShape(module, d_out, d_in), rank, scale)
-
-
-def _open_weights(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise JDLoRAError(f"{file}: not a readable safetensors file ({error})") from error
 
 
 def _adapter_folders(paths: Iterable[Path]) -> Sequence[Path]:

@@ -3,7 +3,6 @@
 The rules are those of vLLM 0.32 (``vllm/lora/peft_helper.py``); the patterns follow PEFT's ``get_pattern_key``.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -12,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.json_file import parsed_object, read_text, short
 
 CONFIG_FILE = "adapter_config.json"
+_MAX_BYTES = 16 << 20
+_MAX_RANK = 1 << 16
+MAX_MODULE_NAME = 256
+"""Characters of a module's path; the longest of a known model has about 70."""
 # Inits that leave the base model's weights alone, so that the saved A and B are the whole adapter.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 HEADS = ("classifier", "score")
@@ -34,8 +38,8 @@ class PeftConfig:
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Mapping[re.Pattern[str], int]
+    alpha_pattern: Mapping[re.Pattern[str], float]
     heads: tuple[str, ...]
     base_model: str | None
 
@@ -43,29 +47,27 @@ class PeftConfig:
     def read(cls, file: Path) -> "PeftConfig":
         """Read and check one config; JDLoRAError names what is wrong in it."""
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = parsed_object(read_text(file, _MAX_BYTES))
         except FileNotFoundError:
             raise JDLoRAError(f"{file.parent}: no {CONFIG_FILE}; this is not a PEFT adapter folder") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except ValueError as error:
             raise JDLoRAError(f"{file}: not readable as JSON ({error})") from error
-        if not isinstance(raw, dict):
-            raise JDLoRAError(f"{file}: must hold a JSON object")
         missing = [field for field in ("r", "lora_alpha", "target_modules") if field not in raw]
         if missing:
             raise JDLoRAError(f"{file}: lacks {', '.join(missing)}; this is not a LoRA's config")
         _refuse_unsupported(raw, file)
         if not _is_rank(raw["r"]):
-            raise JDLoRAError(f"{file}: r must be a positive integer, is {raw['r']!r}")
+            raise JDLoRAError(f"{file}: r must be a positive integer up to {_MAX_RANK}, is {short(raw['r'])}")
         if not _is_number(raw["lora_alpha"]):
-            raise JDLoRAError(f"{file}: lora_alpha must be a number up to 1e9, is {raw['lora_alpha']!r}")
+            raise JDLoRAError(f"{file}: lora_alpha must be a number up to 1e9, is {short(raw['lora_alpha'])}")
         base_model = raw.get("base_model_name_or_path")
         if base_model is not None and not isinstance(base_model, str):
-            raise JDLoRAError(f"{file}: base_model_name_or_path must be text, is {base_model!r}")
+            raise JDLoRAError(f"{file}: base_model_name_or_path must be text, is {short(base_model)}")
         return cls(
             rank=raw["r"],
             alpha=raw["lora_alpha"],
             rslora=bool(raw.get("use_rslora")),
-            rank_pattern=_pattern(raw, "rank_pattern", _is_rank, "a positive integer", file),
+            rank_pattern=_pattern(raw, "rank_pattern", _is_rank, f"a positive integer up to {_MAX_RANK}", file),
             alpha_pattern=_pattern(raw, "alpha_pattern", _is_number, "a number up to 1e9", file),
             heads=tuple(raw.get("modules_to_save") or ()),
             base_model=base_model or None,
@@ -85,38 +87,66 @@ def _refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
         raise JDLoRAError(
-            f"{file}: init_lora_weights={init!r} changes the base model's weights; save the adapter "
+            f"{file}: init_lora_weights={short(init)} changes the base model's weights; save the adapter "
             "as a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
         )
     if raw.get("bias", "none") != "none":
-        raise JDLoRAError(f"{file}: bias={raw['bias']!r} is not supported; retrain with bias='none'")
+        raise JDLoRAError(f"{file}: bias={short(raw['bias'])} is not supported; retrain with bias='none'")
     saved = raw.get("modules_to_save") or []
     if not isinstance(saved, list) or any(module not in HEADS for module in saved):
-        raise JDLoRAError(f"{file}: modules_to_save={saved!r}; only {' and '.join(HEADS)} can be served")
+        raise JDLoRAError(f"{file}: modules_to_save={short(saved)}; only {' and '.join(HEADS)} can be served")
 
 
 def _pattern(
     raw: dict[str, Any], field: str, valid: Callable[[object], bool], meaning: str, file: Path
-) -> dict[str, Any]:
+) -> dict[re.Pattern[str], Any]:
     pattern = raw.get(field) or {}
     if not isinstance(pattern, dict):
         raise JDLoRAError(f"{file}: {field} must be an object")
+    compiled = {}
     for key, value in pattern.items():
         if not valid(value):
-            raise JDLoRAError(f"{file}: {field}[{key!r}] must be {meaning}, is {value!r}")
+            raise JDLoRAError(f"{file}: {field}[{key[:80]!a}] must be {meaning}, is {short(value)}")
+        if not _is_tame(key):
+            raise JDLoRAError(
+                f"{file}: {field}: {key[:80]!a} is a regular expression that may take for ever: name the modules "
+                "themselves"
+            )
         try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            raise JDLoRAError(f"{file}: {field}: {key!r} is not a regular expression ({error})") from error
-    return pattern
+            compiled[re.compile(rf"(.*\.)?({key})$")] = value
+        except (re.error, RecursionError, OverflowError) as error:
+            raise JDLoRAError(f"{file}: {field}: {key[:80]!a} is not a regular expression ({error})") from error
+    return compiled
 
 
-def _first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+_ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+
+
+_MOST_STEPS = 10**9
+
+
+def _is_tame(key: str) -> bool:
+    """Whether matching it with a module's name takes a bounded number of steps, as far as its form tells.
+
+    A regular expression from outside can keep a process busy for ever, and the interpreter with it.
+    """
+    if re.search(r"\\[1-9]|\(\?(?!:)", key):  # back-references, and groups that look around or set flags
+        return False
+    bare = _ONE_CHARACTER.sub("x", key).replace("(?:", "(")
+    if re.search(r"\)[*+?{]", bare):
+        return False
+    repeats, groups, choices = sum(map(bare.count, "*+?{")), bare.count("("), bare.count("|") + 1
+    if repeats + groups > 9:
+        return False
+    return int(MAX_MODULE_NAME ** (repeats + 1) * choices ** max(groups, 1)) <= _MOST_STEPS
+
+
+def _first_match(pattern: Mapping[re.Pattern[str], Any], module: str, default: float) -> float:
+    return next((value for key, value in pattern.items() if key.match(module)), default)
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_RANK
 
 
 def _is_number(value: object) -> bool:

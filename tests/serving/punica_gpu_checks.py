@@ -140,7 +140,8 @@ def serve(
         slices = SimpleNamespace(targets={part: f"the collection's {part}" for part in parts})
         in_collection = dict(zip(slices.targets.values(), stored, strict=True))
         manifest = SimpleNamespace(quantize=eight_bit)
-        reader = BaseReader(SimpleNamespace(manifest=manifest, quantized_basis=in_collection.__getitem__), slices)
+        of_clusters = lambda name, clusters: QuantizedBasis(*(tensor[clusters] for tensor in in_collection[name]))  # noqa: E731
+        reader = BaseReader(SimpleNamespace(manifest=manifest, quantized_basis=of_clusters), slices)
 
         def put_in_slot(cluster: int, slot: int) -> None:
             reader.into_8_bits(cluster, slot, {name: layer}, {name: packed} if packed else {})

@@ -52,7 +52,7 @@ def test_each_worker_gets_its_rows_and_their_scales(kind):
     bases = EightBitBases.beside(*wide, CLUSTERS, dtype)
     basis, u, v = stored(kind, 0)
     for cluster in range(CLUSTERS):  # the collection has nothing for the first slice; slots hold clusters in any order
-        load_cluster(layer, bases, [None, basis], cluster, CLUSTERS - 1 - cluster)
+        load_cluster(layer, bases, [None, basis.at(cluster)], CLUSTERS - 1 - cluster)
     assert (layer.lora_a_stacked, layer.lora_b_stacked) == wide
     assert not bases.v[0].float().any() and not bases.v_scale[:, 0].any()
     seen_v = bases.v[1][:, 0].float() * bases.v_scale[:, 1, :, None] / UNIT[dtype]
@@ -65,7 +65,7 @@ def test_each_worker_gets_its_rows_and_their_scales(kind):
 
 def test_layers_that_the_collection_does_not_change_are_left_alone():
     layer = SimpleNamespace(n_slices=1)
-    load_cluster(layer, SimpleNamespace(clusters=3), [None], 0, 0)
+    load_cluster(layer, SimpleNamespace(clusters=3), [None], 0)
 
 
 @pytest.mark.parametrize(

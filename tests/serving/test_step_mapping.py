@@ -190,6 +190,27 @@ def test_bases_of_a_step_that_repeats_are_not_the_least_recently_used():
     assert manager.statistics()["base_swaps"] == swaps
 
 
+def test_adapters_whose_bases_cannot_be_read_get_no_place_and_the_others_theirs():
+    manager = make_manager(12, 4, 6, base_slots=2)
+    worker, write = make_worker(manager), manager._bases._write
+
+    def damaged(slot: int, cluster: int) -> int:
+        if cluster == 3:
+            raise JDLoRAError("bases.safetensors ends too early")
+        return write(slot, cluster)
+
+    manager._bases._write = damaged
+    lost, kept = compressed(3, clusters=4), compressed(2, clusters=4)
+    for _ in range(2):
+        worker.set_active_requests(step_of([(lost, 2), (kept, 1), (None, 1)]))
+        bases, slots = manager._punica.steps[-1]
+        assert bases[:2] == slots[:2] == [-1, -1] and bases[3] == slots[3] == -1
+        assert manager.written[bases[2]] == 2 and manager.compressed.scalings.sigma[slots[2], 0, 0, 0] == 2
+        assert manager.failed[1] == (lost.lora_int_id,) and lost.lora_int_id not in manager.compressed
+    with pytest.raises(JDLoRAError, match="ends too early"):
+        worker.add_adapter(lost)
+
+
 def test_steps_of_dummies_need_no_bases():
     """Warm-up pretends to have more adapters, of more clusters, than there are base slots."""
     manager = make_manager(24, 6, SCALING_SLOTS, base_slots=2)

@@ -119,7 +119,8 @@ def _captured(
         if problem is None:
             continue
         metric, view = in_metric(metrics, part.name, problem)
-        u, v = seen_by_cluster(metric, *(side[listed] for side in collection.basis(part.name)))
+        whole = len(listed) == manifest.clusters
+        u, v = seen_by_cluster(metric, *collection.basis(part.name, None if whole else listed.tolist()))
         if manifest.method == "diag":  # a diagonal Σ holds less than the spans do
             held = METHODS["diag"].captured(view, u, v) * view.squared_norms[:, None]
         else:  # bases of another metric are orthonormal only in it, where a lift and bases that grew tilt them
@@ -146,14 +147,12 @@ def project(
     cluster = best_clusters(collection, adapters, metrics) if cluster is None else cluster
     manifest = collection.manifest
     slices, dtype, refit = manifest.slices, TORCH_DTYPES[manifest.dtype], METHODS[manifest.method].refit
-    sigma: Tensor | None = None
     # Frobenius, and in the metric.
     norms, errors = (torch.zeros(2, len(adapters), len(slices), dtype=torch.float64) for _ in range(2))
+    rank = manifest.rank if bases is None else bases[0][0].shape[2]
+    shape = (rank,) * (1 if manifest.method == "diag" else 2)
+    sigma = torch.zeros(len(adapters), len(slices), *shape, dtype=dtype)
     for m, part in enumerate(slices):
-        u, v = collection.basis(part.name) if bases is None else bases[m]
-        if sigma is None:
-            shape = (u.shape[2],) * (1 if manifest.method == "diag" else 2)
-            sigma = torch.zeros(len(adapters), len(slices), *shape, dtype=dtype)
         problem = problem_of(factors_of(adapters, part.name), part.name)
         if problem is None:
             continue
@@ -162,13 +161,13 @@ def project(
         for k in cluster[problem.members].unique().tolist():
             positions = (cluster[problem.members] == k).nonzero()[:, 0]
             plain, own = problem.subset(positions), view.subset(positions)
-            seen_u, seen_v = seen(metric, u[k], v[k])
+            u, v = (side[0] for side in collection.basis(part.name, [k])) if bases is None else (b[k] for b in bases[m])
+            seen_u, seen_v = seen(metric, u, v)
             best = refit(own, seen_u, seen_v)[0].to(dtype) if given is None else given[own.members, m].to(dtype)
             sigma[own.members, m] = best
-            errors[0, own.members, m] = squared_errors(plain, u[k], best, v[k])
+            errors[0, own.members, m] = squared_errors(plain, u, best, v)
             if metric is not None:
                 errors[1, own.members, m] = squared_errors(own, seen_u, best, seen_v)
-    assert sigma is not None
     whole = (errors.sum(2) / norms.sum(2).clamp_min(_TINY)).sqrt()
     by_slice = (errors / norms).sqrt().float()
     return Projections(

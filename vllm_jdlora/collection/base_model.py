@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter
 from vllm_jdlora.collection.schema import BaseModel
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.json_file import parsed_object
 from vllm_jdlora.peft_config import CONFIG_FILE
 
 # Models whose projections follow from hidden_size, heads and intermediate_size; others are not checked by shape.
@@ -69,12 +69,9 @@ def _short(name: str | None) -> str:
 
 def _parsed(content: bytes, file: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parsed_object(content)
+    except ValueError as error:
         raise JDLoRAError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise JDLoRAError(f"{file}: must hold a JSON object")
-    return raw
 
 
 class _Shapes:

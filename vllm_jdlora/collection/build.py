@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape
+from vllm_jdlora.adapter import Adapter, SliceShape, copy_files
 from vllm_jdlora.collection.base_model import of_one_base_model
 from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
 from vllm_jdlora.collection.job import ByteLimit, KeptPlain, Options, Progress, job_for
@@ -22,7 +21,6 @@ from vllm_jdlora.collection.source import common_slices
 from vllm_jdlora.collection.tensors import write_tensors
 from vllm_jdlora.collection.work import WorkFolder
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.peft_config import CONFIG_FILE
 
 _SMALL_STACK = 1 << 20
 
@@ -101,7 +99,7 @@ def compress(
             used = fit.cluster[kept].unique()  # bases of a cluster without members are not stored
             files = write_tensors(folder, job.slices, fit, kept, used, quantize, report)
             for entry in plain:
-                _copy_plain(entry.adapter, folder / "plain" / entry.adapter.name)
+                copy_files(entry.adapter, folder / "plain" / entry.adapter.name)
             manifest = job.manifest(fit, kept, used, plain, files, skipped)
             (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return Collection.open(output, verify=False)
@@ -125,9 +123,3 @@ def threads_for(adapters: Sequence[Adapter], slices: Sequence[SliceShape]) -> It
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _copy_plain(adapter: Adapter, target: Path) -> None:
-    target.mkdir(parents=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(adapter.path / name, target / name)

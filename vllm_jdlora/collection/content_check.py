@@ -7,7 +7,6 @@ are still in the core's cache when they are looked at, and files are read at the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 from vllm_jdlora.adapter import content_digest
 from vllm_jdlora.collection.schema import ERRORS_FILE, CollectionManifest
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.tensor_file import TensorFile
 
 _PIECE_BYTES = 1 << 20
 # Bits of a float as a whole number, and the smallest one that is positive and not finite. Without infinities, F8_E4M3
@@ -31,8 +31,8 @@ _BITS: Mapping[str, tuple[Any, Any, int]] = {
 }
 
 
-def check_content(path: Path, manifest: CollectionManifest) -> None:
-    """Check the tensor files, whose layouts were checked before, and the adapters that are kept uncompressed.
+def check_content(path: Path, manifest: CollectionManifest, files: Mapping[str, TensorFile]) -> None:
+    """Check the open tensor files, whose layouts were checked before, and the adapters that are kept uncompressed.
 
     Raises:
         JDLoRAError: the first file, in the manifest's order, that was changed or holds a number that is not finite.
@@ -45,7 +45,7 @@ def check_content(path: Path, manifest: CollectionManifest) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as threads:
         tasks = [
             # Errors are NaN where an adapter has nothing.
-            threads.submit(_check_file, path / name, digest, finite=name != ERRORS_FILE)
+            threads.submit(_check_file, files[name], digest, finite=name != ERRORS_FILE)
             for name, digest in manifest.files.items()
         ]
         tasks += [threads.submit(check_plain, entry.name, entry.sha256) for entry in manifest.plain]
@@ -56,38 +56,33 @@ def check_content(path: Path, manifest: CollectionManifest) -> None:
             threads.shutdown(cancel_futures=True)
 
 
-def _check_file(file: Path, digest: str, *, finite: bool) -> None:
+def _check_file(file: TensorFile, digest: str, *, finite: bool) -> None:
     """One safetensors file; `collection/stream.py` says how it is laid out."""
     found = hashlib.sha256()
     buffer = memoryview(bytearray(_PIECE_BYTES))
-    odd = None
-    try:
-        with open(file, "rb") as stream:
-            length = stream.read(8)
-            header = stream.read(int.from_bytes(length, "little"))
-            found.update(length + header)
-            for name, dtype, size in _tensors(header):
-                for start in range(0, size, _PIECE_BYTES):
-                    piece = buffer[: min(_PIECE_BYTES, size - start)]
-                    if stream.readinto(piece) < len(piece):
-                        raise ValueError("it ends too early")
-                    found.update(piece)
-                    if finite and odd is None and not all_finite(piece, dtype):
-                        odd = name
-            found.update(stream.read())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JDLoRAError(f"{file}: cannot be read ({error})") from error
+    odd, at = None, 0
+
+    def read(count: int, dtype: str = "") -> bool:
+        """Take the next bytes in; whether all numbers in them are finite."""
+        nonlocal at
+        good = True
+        for begin in range(at, at + count, _PIECE_BYTES):
+            piece = buffer[: min(_PIECE_BYTES, at + count - begin)]
+            file.read_into(piece, begin)
+            found.update(piece)
+            good = good and all_finite(piece, dtype)
+        at += count
+        return good
+
+    first = min((place.begin for place in file.tensors.values()), default=file.identity.size)
+    read(first)
+    for name, place in file.tensors.items():
+        if not read(place.nbytes, place.dtype if finite and odd is None else "") and odd is None:
+            odd = name
     if found.hexdigest() != digest:
-        raise JDLoRAError(f"{file}: was changed after it was written; compress the adapters again")
+        raise JDLoRAError(f"{file.path}: was changed after it was written; compress the adapters again")
     if odd is not None:
-        raise JDLoRAError(f"{file}: {odd} holds NaN or infinity")
-
-
-def _tensors(header: bytes) -> list[tuple[str, str, int]]:
-    """(name, dtype, bytes) of each tensor as they follow one another in the file."""
-    entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    return [(name, e["dtype"], e["data_offsets"][1] - e["data_offsets"][0]) for name, e in ordered]
+        raise JDLoRAError(f"{file.path}: {odd} holds NaN or infinity")
 
 
 def all_finite(piece: memoryview, dtype: str) -> bool:

@@ -32,7 +32,7 @@ def export_adapter(
     for i, part in enumerate(manifest.slices):
         if not bool(sigma[i].any()):
             continue
-        u, v = (basis[cluster].float() for basis in collection.basis(part.name))
+        u, v = (side[0].float() for side in collection.basis(part.name, [cluster]))
         key = f"base_model.model.{part.name}"
         tensors[f"{key}.lora_A.weight"] = v.to(TORCH_DTYPES[dtype]).contiguous()
         tensors[f"{key}.lora_B.weight"] = (u @ sigma[i]).to(TORCH_DTYPES[dtype]).contiguous()

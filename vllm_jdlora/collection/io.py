@@ -1,18 +1,18 @@
-"""A compressed collection on disk: written atomically, read memory-mapped, checked before use."""
+"""A compressed collection on disk: written atomically, checked before use, and read from files that are held open."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from vllm_jdlora.adapter import WEIGHTS_FILE
 from vllm_jdlora.collection.content_check import check_content
@@ -25,9 +25,12 @@ from vllm_jdlora.collection.schema import (
     scalings_file,
 )
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.json_file import read_text
 from vllm_jdlora.peft_config import CONFIG_FILE
+from vllm_jdlora.tensor_file import Identity, TensorFile
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MANIFEST_BYTES = 1 << 30
 _STORED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _QUANTIZED_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
 
@@ -40,13 +43,28 @@ class QuantizedBasis(NamedTuple):
     u_scale: torch.Tensor
     v_scale: torch.Tensor
 
+    def at(self, cluster: int) -> QuantizedBasis:
+        """One cluster's: U [d_out, R], V [R, d_in], scales [R]."""
+        return QuantizedBasis(*(tensor[cluster] for tensor in self))
+
 
 class Collection:
-    """An open collection. Tensors are views of the mapped files: nothing is read before it is used."""
+    """An open collection. Tensors are read when they are asked for, from the files that were there when it was opened.
+
+    A file that was changed in its place since then is told from its digest, and refused.
+    """
 
     def __init__(self, path: Path, manifest: CollectionManifest):
+        """Open the files that the manifest lists.
+
+        Raises:
+            JDLoRAError: one is missing, a link, or no safetensors file.
+        """
         self.path = path
         self.manifest = manifest
+        self._files = {name: _own_file(path / name) for name in manifest.files}
+        self._condemned: dict[str, Identity] = {}
+        self._shards = sorted(name for name in self._files if name.startswith("scalings-"))
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True) -> Collection:
@@ -63,12 +81,12 @@ class Collection:
         path = Path(path)
         file = path / MANIFEST_FILE
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file, _MANIFEST_BYTES)
         except FileNotFoundError:
             raise JDLoRAError(
                 f"{path}: no {MANIFEST_FILE}; this is not a collection (make one: jdlora compress)"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise JDLoRAError(f"{file}: cannot be read ({error})") from error
         try:
             manifest = CollectionManifest.from_json(text)
@@ -77,32 +95,40 @@ class Collection:
         collection = cls(path.absolute(), manifest)
         collection._check_layout()
         if verify:
-            check_content(collection.path, manifest)
+            check_content(collection.path, manifest, collection._files)
         return collection
 
     # --- reading --------------------------------------------------------------------------------------------------
 
-    def basis(self, slice_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bases of all clusters in one slice: (U [K, d_out, R], V [K, R, d_in]).
+    def basis(self, slice_name: str, clusters: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bases in one slice: (U [K, d_out, R], V [K, R, d_in]) of all clusters, or of these K in their order.
 
-        In the stored dtype and mapped, or in fp32 where they are quantised.
+        In the stored dtype, or in fp32 where they are quantised.
+
+        Raises:
+            JDLoRAError: the file was changed or truncated since it was opened.
         """
         if self.manifest.quantize == "none":
-            return self._bases.get_tensor(f"{slice_name}.U"), self._bases.get_tensor(f"{slice_name}.V")
-        stored = self.quantized_basis(slice_name)
+            u, v = (self._read_rows(BASES_FILE, f"{slice_name}.{side}", clusters) for side in "UV")
+            return u, v
+        stored = self.quantized_basis(slice_name, clusters)
         return dequantized(stored.u.mT, stored.u_scale).mT, dequantized(stored.v, stored.v_scale)
 
-    def quantized_basis(self, slice_name: str) -> QuantizedBasis:
-        """Bases of all clusters in one slice of a quantised collection, as stored; mapped."""
+    def quantized_basis(self, slice_name: str, clusters: Sequence[int] | None = None) -> QuantizedBasis:
+        """The same of a quantised collection, as stored."""
         names = ("U", "V", "U_scale", "V_scale")
-        return QuantizedBasis(*(self._bases.get_tensor(f"{slice_name}.{name}") for name in names))
+        return QuantizedBasis(*(self._read_rows(BASES_FILE, f"{slice_name}.{name}", clusters) for name in names))
 
     def sigma(self, index: int) -> torch.Tensor:
-        """Scalings of one adapter as stored: [slices, R, R], or [slices, R] for JD-Diag; mapped, contiguous."""
+        """Scalings of one adapter as stored: [slices, R, R], or [slices, R] for JD-Diag; one contiguous read.
+
+        Raises:
+            JDLoRAError: there is no such adapter, or the file was changed or truncated since it was opened.
+        """
         if not 0 <= index < len(self.manifest.adapters):
             raise JDLoRAError(f"{self.path}: no adapter number {index}; it has {len(self.manifest.adapters)}")
-        shard, row = divmod(index, self._shards[0].shape[0])
-        return self._shards[shard][row]
+        shard, row = divmod(index, self._files[self._shards[0]].tensors["sigma"].shape[0])
+        return self._read(self._shards[shard], "sigma", row)
 
     def matrices(self, index: int) -> torch.Tensor:
         """Scaling matrices of one adapter [slices, R, R] in the stored dtype, whatever the method."""
@@ -124,20 +150,17 @@ class Collection:
 
     def slice_errors(self) -> torch.Tensor:
         """Relative error (not squared) of each adapter in each slice, fp32 [n, slices]; NaN where it has nothing."""
-        with self._open(ERRORS_FILE) as file:
-            return file.get_tensor("relative_error")
+        return self._read(ERRORS_FILE, "relative_error")
 
     def slice_output_errors(self) -> torch.Tensor | None:
         """The same in the activation metric, where the collection was fitted in it."""
         if self.manifest.metric == "frobenius":
             return None
-        with self._open(ERRORS_FILE) as file:
-            return file.get_tensor("output_error")
+        return self._read(ERRORS_FILE, "output_error")
 
     def size_in_bytes(self) -> int:
         """Bytes of the tensors that serve the compressed adapters (bases and scalings)."""
-        names = [BASES_FILE, *(scalings_file(i) for i in range(len(self._shards)))]
-        return sum((self.path / name).stat().st_size for name in names)
+        return sum(self._files[name].identity.size for name in (BASES_FILE, *self._shards))
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -147,22 +170,31 @@ class Collection:
     def _plain(self) -> frozenset[str]:
         return frozenset(entry.name for entry in self.manifest.plain)
 
-    @cached_property
-    def _bases(self) -> Any:
-        return safe_open(self.path / BASES_FILE, framework="pt")
+    def _read_rows(self, name: str, tensor: str, rows: Sequence[int] | None) -> torch.Tensor:
+        if rows is None:
+            return self._read(name, tensor)
+        return torch.stack([self._read(name, tensor, row) for row in rows])
 
-    @cached_property
-    def _shards(self) -> list[torch.Tensor]:
-        files = sorted(f for f in self.manifest.files if f.startswith("scalings-"))
-        return [safe_open(self.path / f, framework="pt").get_tensor("sigma") for f in files]
+    def _read(self, name: str, tensor: str, row: int | None = None) -> torch.Tensor:
+        file = self._files[name]
+        found = file.read(tensor, row)
+        if file.now() != file.identity:  # after the read: what was written while it went on shows too
+            self._check_again(name, file)
+            return self._read(name, tensor, row)
+        return found
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        try:
-            with safe_open(self.path / name, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise JDLoRAError(f"{self.path / name}: not a readable safetensors file ({error})") from error
+    def _check_again(self, name: str, file: TensorFile) -> None:
+        """A file whose time of change is another: touched, or written over?"""
+        now = file.now()
+        if self._condemned.get(name) != now:
+            if now.size == file.identity.size and file.digest() == self.manifest.files[name] and file.now() == now:
+                file.identity = now
+                return
+            self._condemned[name] = now
+        raise JDLoRAError(
+            f"{file.path}: was changed in its place while it was in use: put back what was there, or replace the whole "
+            "folder as `jdlora` does"
+        )
 
     # --- checks ---------------------------------------------------------------------------------------------------
 
@@ -180,14 +212,13 @@ class Collection:
         self._check_tensors(BASES_FILE, bases)
         errors = ["relative_error", *(["output_error"] if manifest.metric != "frobenius" else [])]
         self._check_tensors(ERRORS_FILE, {name: ([n, slices], "F32") for name in errors})
-        files = sorted(f for f in manifest.files if f.startswith("scalings-"))
+        files = self._shards
         if files != [scalings_file(i) for i in range(len(files))]:
             raise JDLoRAError(f"{self.path / MANIFEST_FILE}: the scalings files are not numbered from 0")
         rows = []
         for file in files:
-            with self._open(file) as tensors:
-                shape = tensors.get_slice("sigma").get_shape() if "sigma" in tensors.keys() else None  # noqa: SIM118
-            rows.append(shape[0] if shape else 0)
+            place = self._files[file].tensors.get("sigma")
+            rows.append(place.shape[0] if place and place.shape else 0)
             matrix = [rank] if manifest.method == "diag" else [rank, rank]
             self._check_tensors(file, {"sigma": ([rows[-1], slices, *matrix], dtype)})
         if sum(rows) != n or any(r != rows[0] for r in rows[:-1]) or rows[-1] > rows[0] or 0 in rows:
@@ -199,20 +230,22 @@ class Collection:
                     raise JDLoRAError(f"{path}: is a link or missing; a collection holds its own files")
 
     def _check_tensors(self, name: str, expected: Mapping[str, tuple[list[int], str]]) -> None:
-        file = self.path / name
-        if file.is_symlink():
-            raise JDLoRAError(f"{file}: is a link; a collection holds its own files")
-        with self._open(name) as tensors:
-            found = set(tensors.keys())
-            if found != set(expected):
-                odd = sorted(found ^ set(expected))[0]
-                raise JDLoRAError(f"{file}: tensor {odd!r} is {'not expected' if odd in found else 'missing'}")
-            for key, (shape, dtype) in expected.items():
-                part = tensors.get_slice(key)
-                if part.get_shape() != shape or part.get_dtype() != dtype:
-                    raise JDLoRAError(
-                        f"{file}: {key} is {part.get_dtype()} {part.get_shape()}, {MANIFEST_FILE} says {dtype} {shape}"
-                    )
+        file, found = self.path / name, self._files[name].tensors
+        if set(found) != set(expected):
+            odd = sorted(set(found) ^ set(expected))[0]
+            raise JDLoRAError(f"{file}: tensor {odd!r} is {'not expected' if odd in found else 'missing'}")
+        for key, (shape, dtype) in expected.items():
+            place = found[key]
+            if list(place.shape) != shape or place.dtype != dtype:
+                raise JDLoRAError(
+                    f"{file}: {key} is {place.dtype} {list(place.shape)}, {MANIFEST_FILE} says {dtype} {shape}"
+                )
+
+
+def _own_file(file: Path) -> TensorFile:
+    if file.is_symlink():
+        raise JDLoRAError(f"{file}: is a link; a collection holds its own files")
+    return TensorFile(file)
 
 
 @contextmanager
@@ -247,7 +280,8 @@ def written_atomically(target: Path, marker: str, *, force: bool = False) -> Ite
                 file.chmod(readable)
             _sync(file)
         _sync(temporary)
-        if target.exists():
+        # Without --force one that came meanwhile is kept: the rename does not replace it.
+        if force and target.exists():
             os.replace(target, old)
         try:
             os.rename(temporary, target)

@@ -35,6 +35,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.problem import Factors, SliceProblem, squared_error, squared_norm
 from vllm_jdlora.jd.projection import refit_sigma
 from vllm_jdlora.peft_config import CONFIG_FILE, HEADS, PeftConfig
+from vllm_jdlora.tensor_file import identity_of
 
 Progress = Callable[[str, int, int], None]
 # A and B of adapters of one base model and rank are equal; computed on different machines they differ by rounding.
@@ -127,6 +128,8 @@ def read_lora_xs(path: Path, base: BaseWeights | None = None) -> LoraXS:
             parameters=sum(part.rank**2 for part in slices.values()),
             slices=slices,
             keys={},
+            places={},
+            weights=identity_of(file),
         ),
         latent=latent,
         fixed={module: (pair["A"], pair["B"]) for module, pair in sides.items()},

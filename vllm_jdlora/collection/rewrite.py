@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, file_digest
+from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, copy_files, file_digest
 from vllm_jdlora.collection.io import Collection, written_atomically
 from vllm_jdlora.collection.job import adapter_entry
 from vllm_jdlora.collection.schema import (
@@ -102,10 +102,7 @@ class Draft:
             self._take(self._old.plain_path(name) / file, target / file)
 
     def add_plain(self, adapter: Adapter) -> None:
-        target = self.folder / "plain" / adapter.name
-        target.mkdir(parents=True)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(adapter.path / file, target / file)
+        copy_files(adapter, self.folder / "plain" / adapter.name)
 
     def bases(self, slices: Sequence[SliceShape], bases: Sequence[tuple[Tensor, Tensor]], quantize: str) -> None:
         """(U [K, d_out, R], V [K, R, d_in]) of each slice, with values as stored: in the stored dtype, or rounded to

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_jdlora.adapter import SliceShape, check_adapter_name
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.json_file import parsed_object, short
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "collection.json"
@@ -121,10 +122,10 @@ class CollectionManifest:
 
     def __post_init__(self) -> None:
         _require_format(self.format_version)
-        _require(self.method in METHODS, f"method {self.method!r} is not one of {METHODS}")
-        _require(self.metric in METRIC_ERRORS, f"metric {self.metric!r} is not one of {tuple(METRIC_ERRORS)}")
-        _require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not one of {DTYPES}")
-        _require(self.quantize in QUANTIZATIONS, f"quantize {self.quantize!r} is not one of {QUANTIZATIONS}")
+        _require(self.method in METHODS, f"method {short(self.method)} is not one of {METHODS}")
+        _require(self.metric in METRIC_ERRORS, f"metric {short(self.metric)} is not one of {tuple(METRIC_ERRORS)}")
+        _require(self.dtype in DTYPES, f"dtype {short(self.dtype)} is not one of {DTYPES}")
+        _require(self.quantize in QUANTIZATIONS, f"quantize {short(self.quantize)} is not one of {QUANTIZATIONS}")
         _require(self.rank >= 1 and self.clusters >= 1, "rank and clusters must be at least 1")
         _require(bool(self.slices) and bool(self.adapters), "there must be slices and adapters")
         for part in self.slices:
@@ -133,7 +134,7 @@ class CollectionManifest:
         _require(len({s.name for s in self.slices}) == len(self.slices), "two slices have one name")
         self._check_adapters()
         for file, digest in self.files.items():
-            _require(bool(_FILE_NAME.fullmatch(file)), f"{file!r} is not a file of a collection")
+            _require(bool(_FILE_NAME.fullmatch(file)), f"{short(file)} is not a file of a collection")
             _require(bool(_DIGEST.fullmatch(digest)), f"the digest of {file} is not a SHA-256")
         for file in (BASES_FILE, ERRORS_FILE, scalings_file(0)):
             _require(file in self.files, f"{file} is not listed")
@@ -199,11 +200,9 @@ class CollectionManifest:
             JDLoRAError: what is wrong, without the folder's name (the caller knows it).
         """
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            raw = parsed_object(text)
+        except ValueError as error:
             raise JDLoRAError(f"not readable as JSON ({error})") from error
-        _require(isinstance(raw, dict), "must hold a JSON object")
-        raw = dict(raw)
         # Before anything else: a later format may well have other fields.
         _require_format(raw.get("format_version"))
         _require(isinstance(raw.get("revision"), str) and raw["revision"], "there is no revision")
@@ -230,7 +229,7 @@ _LISTS: Mapping[str, Any] = {
 
 
 def _require_format(version: object) -> None:
-    _require(version == FORMAT_VERSION, f"format_version is {version!r}, this program reads {FORMAT_VERSION}")
+    _require(version == FORMAT_VERSION, f"format_version is {short(version)}, this program reads {FORMAT_VERSION}")
 
 
 def scalings_file(shard: int) -> str:
@@ -260,7 +259,7 @@ def _entry(kind: Any, raw: Any, where: str) -> Any:
     _require(isinstance(raw, dict), f"{where} must hold JSON objects")
     fields = kind.__dataclass_fields__
     if unknown := sorted(set(raw) - set(fields)):
-        raise JDLoRAError(f"{where} does not know {', '.join(map(repr, unknown[:5]))}")
+        raise JDLoRAError(f"{where} does not know {', '.join(map(short, unknown[:5]))}")
     for name, field in fields.items():
         if name not in raw:
             _require(field.default is not field.default_factory, f"{where} lacks {name!r}")
@@ -268,7 +267,7 @@ def _entry(kind: Any, raw: Any, where: str) -> Any:
         expected = _allowed(field)
         value = raw[name]
         if expected and (not isinstance(value, expected) or isinstance(value, bool)):
-            raise JDLoRAError(f"{where}: {name} is {value!r:.60}")
+            raise JDLoRAError(f"{where}: {name} is {short(value)}")
     try:
         return kind(**raw)
     except (TypeError, AttributeError, OverflowError) as error:

@@ -55,7 +55,7 @@ def of_collection(collection: Collection, name: str) -> Variant:
         parts = {}
         for i, part in enumerate(slices):
             if bool(sigma[i].any()):
-                u, v = (basis[cluster].float() for basis in collection.basis(part.name))
+                u, v = (side[0].float() for side in collection.basis(part.name, [cluster]))
                 parts[part.name] = (u @ sigma[i], v)
         return parts
 

@@ -13,10 +13,11 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, content_digest
+from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, copy_files
 from vllm_jdlora.collection.arrival_file import arrival_path
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.peft_config import CONFIG_FILE
+from vllm_jdlora.tensor_file import identity_of
 
 
 class AdapterCopies:
@@ -40,17 +41,13 @@ class AdapterCopies:
         if not target.is_dir():
             temporary = target.with_name(f".{secrets.token_hex(8)}.new")
             try:
-                temporary.mkdir(parents=True)
-                for file in (CONFIG_FILE, WEIGHTS_FILE):
-                    shutil.copyfile(adapter.path / file, temporary / file)
-                if content_digest(temporary) != adapter.sha256:
-                    raise JDLoRAError(f"{adapter.path}: changed while it was read; load the adapter again")
+                copy_files(adapter, temporary)
                 os.rename(temporary, target)
             except OSError as error:
                 raise JDLoRAError(f"{adapter.path}: cannot be copied to {target} ({error.strerror})") from error
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-        return dataclasses.replace(adapter, path=target)
+        return dataclasses.replace(adapter, path=target, weights=identity_of(target / WEIGHTS_FILE))
 
     def link(self, folder: Path, sha256: str) -> Path:
         """A second way to the files of a collection's plain adapter that outlives the collection's folder.

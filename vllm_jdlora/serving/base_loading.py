@@ -10,27 +10,20 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from vllm_jdlora.collection import Collection
-from vllm_jdlora.collection.quantize import dequantized
+from vllm_jdlora.collection.io import QuantizedBasis
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.eight_bit_loading import load_cluster
 from vllm_jdlora.serving.module_slices import ModuleSlices
 
 
 class BaseReader:
-    """Reads one cluster at a time from a collection's mapped file."""
+    """Reads one cluster at a time from a collection's files."""
 
     def __init__(self, collection: Collection, slices: ModuleSlices):
         self._collection, self._targets = collection, slices.targets
-        quantised = collection.manifest.quantize != "none"
-        self._wide: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = (
-            {} if quantised else {target: collection.basis(name) for target, name in slices.targets.items()}
-        )
-        self._small = (
-            {target: collection.quantized_basis(name) for target, name in slices.targets.items()} if quantised else {}
-        )
 
     def as_lora(self, cluster: int, lora_id: int) -> LoRAModel:
-        """A cluster as a LoRA with ``lora_a = V`` and ``lora_b = U``. vLLM changes what it gets: these are copies."""
+        """A cluster as a LoRA with ``lora_a = V`` and ``lora_b = U``."""
         rank = self._collection.manifest.rank
         weights = {target: LoRALayerWeights(target, rank, rank, *self._v_and_u(target, cluster)) for target in self}
         return LoRAModel(lora_id, rank, weights)
@@ -45,8 +38,8 @@ class BaseReader:
             packed: name of a packed layer → names of its parts.
         """
         for name, layer in layers.items():
-            parts = [self._small.get(part) for part in packed.get(name) or [name]]
-            load_cluster(layer, layer.punica_wrapper.module.eight_bit, parts, cluster, slot)
+            parts = [self._stored(part, cluster) for part in packed.get(name) or [name]]
+            load_cluster(layer, layer.punica_wrapper.module.eight_bit, parts, slot)
 
     def bytes_of_a_cluster(self, itemsize: int) -> int:
         """Of its bases in all modules, before tensor parallelism. itemsize: bytes of a number on the device."""
@@ -59,8 +52,10 @@ class BaseReader:
         Raises:
             JDLoRAError: a value that is not finite.
         """
-        for target, name in self._targets.items():
-            stored = self._small.get(target) or self._wide[target]
+        quantised = self._collection.manifest.quantize != "none"
+        for name in self._targets.values():
+            read = self._collection.quantized_basis if quantised else self._collection.basis
+            stored: tuple[torch.Tensor, ...] = read(name)
             if not all(bool(torch.isfinite(part.float()).all()) for part in stored):
                 raise JDLoRAError(
                     f"{self._collection.path}: the bases of {name} hold NaN or infinity; compress the adapters again"
@@ -70,8 +65,9 @@ class BaseReader:
         return iter(self._targets)
 
     def _v_and_u(self, target: str, cluster: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if small := self._small.get(target):
-            u = dequantized(small.u[cluster].mT, small.u_scale[cluster]).mT
-            return dequantized(small.v[cluster], small.v_scale[cluster]), u
-        u, v = self._wide[target]
-        return v[cluster].clone(), u[cluster].clone()
+        u, v = self._collection.basis(self._targets[target], [cluster])
+        return v[0], u[0]
+
+    def _stored(self, target: str, cluster: int) -> QuantizedBasis | None:
+        name = self._targets.get(target)
+        return None if name is None else self._collection.quantized_basis(name, [cluster]).at(0)

@@ -65,11 +65,27 @@ class ResidentBases:
                 f"a step has adapters of {len(needed)} clusters and there are {self.capacity} base slots: "
                 "raise --jd-base-slots"
             )
-        present = self._cache.slots(needed)
-        self._cache.touch(present)
-        for cluster in needed[present < 0].tolist():
-            self._bring(cluster)
+        for error in self.bring(needed).values():
+            raise error
         return self._cache.slots(clusters)
+
+    def bring(self, clusters: np.ndarray) -> dict[int, JDLoRAError]:
+        """Bring those of these different clusters that are missing, at most as many as there are slots.
+
+        Returns:
+            What kept clusters from being read.
+        """
+        if self.all_resident:
+            return {}
+        present = self._cache.slots(clusters)
+        self._cache.touch(present)
+        failed = {}
+        for cluster in clusters[present < 0].tolist():
+            try:
+                self._bring(cluster)
+            except JDLoRAError as error:
+                failed[cluster] = error
+        return failed
 
     def touch(self, slots: np.ndarray) -> None:
         """Mark the bases in these slots as just used; −1 is passed over."""

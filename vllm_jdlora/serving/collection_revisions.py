@@ -1,6 +1,6 @@
 """The revisions of a collection that a worker serves at once, all on the same bases, and where an adapter's Σ lies.
 
-The newest revision is what new requests get. Older ones stay mapped for requests that still run: a path names its
+The newest revision is what new requests get. Older ones stay open for requests that still run: a path names its
 revision, so such a request keeps the Σ that it was admitted with, whatever has become of the folder.
 """
 
@@ -44,7 +44,6 @@ def open_revision(path: str | Path, revision: str) -> Collection:
             raise JDLoRAError(
                 f"{path} is revision {found} and not {revision}: the collection was replaced meanwhile, load it again"
             )
-        _map_files(collection)
         if before is not None and _identity(path) == before:
             return collection
     raise JDLoRAError(f"{path} is being replaced again and again: load it again when it is at rest")
@@ -103,7 +102,7 @@ class CollectionRevisions:
         self.newest = collection
 
     def drop_old(self, in_use: set[str]) -> list[str]:
-        """Unmap revisions that are far back, ended long ago and are not in use; their names."""
+        """Close revisions that are far back, ended long ago and are not in use; their names."""
         old = list(self._collections)[: -1 - self._kept]
         now = self._clock()
         dropped = [r for r in old if r not in in_use and now - self._superseded[r] >= self._grace]
@@ -156,13 +155,3 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def _map_files(collection: Collection) -> None:
-    """Files are mapped when they are first asked for, which would be too late once others lie in their place."""
-    collection.sigma(0)
-    first = collection.manifest.slices[0].name
-    if collection.manifest.quantize == "none":
-        collection.basis(first)
-    else:
-        collection.quantized_basis(first)

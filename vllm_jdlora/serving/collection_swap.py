@@ -20,7 +20,7 @@ from vllm_jdlora.serving.adapter_copies import AdapterCopies
 from vllm_jdlora.serving.collection_revisions import KEPT
 from vllm_jdlora.serving.options import PATH_SCHEME, AdapterPath, absolute, adapter_paths
 from vllm_jdlora.serving.placement import check_plain, error_limit
-from vllm_jdlora.serving.runtime_adapters import Loaded, RuntimeAdapters, opened
+from vllm_jdlora.serving.runtime_adapters import Loaded, RuntimeAdapters
 
 logger = logging.getLogger("vllm.jdlora")
 
@@ -198,7 +198,7 @@ class CollectionSwap:
 
 
 def _checked(path: str, max_error: float | None) -> Collection:
-    collection = opened(path, verify=True)
+    collection = Collection.open(path, verify=True)
     above = [a.name for a in collection.manifest.adapters if max_error is not None and a.relative_error > max_error]
     if above:
         raise JDLoRAError(

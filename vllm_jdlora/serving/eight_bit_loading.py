@@ -12,28 +12,26 @@ from vllm_jdlora.collection.io import QuantizedBasis
 from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 
 
-def load_cluster(
-    layer: Any, bases: EightBitBases, parts: Sequence[QuantizedBasis | None], cluster: int, slot: int
-) -> None:
+def load_cluster(layer: Any, bases: EightBitBases, parts: Sequence[QuantizedBasis | None], slot: int) -> None:
     """Put one cluster of one LoRA layer into a row of its buffers.
 
     Args:
         layer: vLLM's LoRA layer; its ``set_lora`` cuts what this worker gets under tensor parallelism.
         bases: the layer's buffers.
-        parts: for each output slice of the layer, or one for all of them; None where the collection has nothing.
-        cluster: of the collection.
+        parts: the cluster's, for each output slice of the layer, or one for all of them; None where the collection has
+            nothing.
         slot: the row.
     """
     if not any(parts):
         return
     each = list(parts) * (layer.n_slices if len(parts) == 1 else 1)
     with _stacks(layer, bases):
-        v = [None if part is None else _bits(part.v[cluster]) for part in parts]
-        u = [None if part is None else _bits(part.u[cluster]) for part in parts]
+        v = [None if part is None else _bits(part.v) for part in parts]
+        u = [None if part is None else _bits(part.u) for part in parts]
         layer.set_lora(slot, *((v[0], u[0]) if len(parts) == 1 else (v, u)))
     for i, part in enumerate(each):
         if part is not None:
-            bases.set_scales(slot, i, _of_this_worker(layer, bases, part.v_scale[cluster]), part.u_scale[cluster])
+            bases.set_scales(slot, i, _of_this_worker(layer, bases, part.v_scale), part.u_scale)
 
 
 @contextmanager

@@ -254,6 +254,27 @@ class JDLoRAModelManager(BaseSlotsManager):
             self._registered_adapters.touch(lora_id)
         return plain is not None
 
+    def bring_bases(self, requests: abc.Collection[LoRARequest]) -> dict[int, JDLoRAError]:
+        """Bring the bases of a step's adapters, where not all are resident.
+
+        Returns:
+            For each LoRA id whose bases cannot be read, why; such an id means nothing any more.
+        """
+        if self._bases.all_resident:
+            return {}
+        directory = self.compressed.directory
+        cluster_of = {
+            request.lora_int_id: directory.adapter(index).cluster
+            for request in requests
+            if (index := directory.index(request.lora_int_id)) is not None
+        }
+        needed = np.unique(np.fromiter(cluster_of.values(), dtype=np.int64))
+        failed = self._bases.bring(needed) if len(needed) <= self._bases.capacity else {}
+        lost = {lora_id: failed[cluster] for lora_id, cluster in cluster_of.items() if cluster in failed}
+        for lora_id in lost:
+            self.compressed.unbind(lora_id)
+        return lost
+
     def note_failed(self, lora_ids: abc.Collection[int]) -> None:
         """Let the base model stand in for these ids in the step to be planned (:mod:`.failed_adapters`)."""
         self._failures += bool(lora_ids)

@@ -62,7 +62,7 @@ class RuntimeAdapters:
         self.names: AdapterNames = models.lora_requests
         self.running = running
         self.copies = AdapterCopies(Path(options.arrivals))
-        self.collection = opened(options.collection)
+        self.collection = Collection.open(options.collection, verify=False)
         self.loaded: dict[str, Loaded] = {}
         self.changing = asyncio.Lock()
         self.max_error = options.max_error
@@ -202,13 +202,6 @@ class RuntimeAdapters:
         files = [folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE]
         inside = all(f.exists() and self._directory in f.resolve().parents for f in files)
         return folder if inside else None
-
-
-def opened(path: str, *, verify: bool = False) -> Collection:
-    """The collection with its bases mapped: whatever then takes the folder's place, these stay the bases."""
-    collection = Collection.open(path, verify=verify)
-    collection.basis(collection.manifest.slices[0].name)
-    return collection
 
 
 def _folder_of(path: str) -> Path:

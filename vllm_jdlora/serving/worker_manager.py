@@ -38,7 +38,7 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         # The scheduler bounds how many adapters of each kind a batch holds; vLLM's own check counts base slots.
         manager = self._adapter_manager
         others = manager.touch_resident(lora_requests)
-        failed = []
+        failed = {}
         for request in {r.lora_int_id: r for r in others}.values():
             try:
                 self._add(request, announced=False)
@@ -46,9 +46,15 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
                 # What a device says is about more than one adapter.
                 if isinstance(error, RuntimeError) or not manager.runs_alone:
                     raise
-                self._unreadable.setdefault(request.lora_path, str(error))
-                logger.error("Requests of adapter %s end with an error: %s", request.lora_name, error)
-                failed.append(request.lora_int_id)
+                failed[request.lora_int_id] = str(error)
+        for lora_id, problem in manager.bring_bases(lora_requests).items():
+            if not manager.runs_alone:
+                raise problem
+            failed[lora_id] = str(problem)
+        for request in lora_requests:
+            if told := failed.get(request.lora_int_id):
+                self._unreadable.setdefault(request.lora_path, told)
+                logger.error("Requests of adapter %s end with an error: %s", request.lora_name, told)
         manager.note_failed(failed)
         if others:
             manager.compressed.forget_unannounced(lora_requests)
