@@ -137,6 +137,22 @@ def test_servers_are_started_with_flags_that_exist(where):
     assert args.lora_compression == "jd" and args.lora_collection and args.max_loras
 
 
+@pytest.mark.parametrize(
+    ("where", "stopped_after"), [("compose", 120), ("systemd", 120), ("production-stack", 30), ("llm-d", 30)]
+)
+def test_a_server_that_is_stopped_lets_requests_end_before_it_is_killed(where, stopped_after):
+    [given] = re.findall(r"--shutdown-timeout[= ](\d+)", " ".join(serve_commands()[where]))
+    assert 0 < int(given) < stopped_after
+    assert "\nTimeoutStopSec=120\n" in UNIT.read_text()
+    assert load("docker", "compose.yaml")["services"]["server"]["stop_grace_period"] == "2m"
+
+
+def test_supervisors_start_a_server_again_whatever_its_exit_code():
+    # vLLM's API server ends with 0 when its engine has died.
+    assert "\nRestart=always\n" in UNIT.read_text()
+    assert load("docker", "compose.yaml")["services"]["server"]["restart"] == "unless-stopped"
+
+
 def test_values_mount_the_collection_where_the_server_looks_for_it():
     stack = load("configs", "production-stack", "values.yaml")["servingEngineSpec"]["modelSpec"][0]
     llm_d = load("configs", "llm-d", "modelservice-values.yaml")["decode"]
