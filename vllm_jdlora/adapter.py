@@ -24,6 +24,8 @@ _PREFIX = "base_model.model."
 _FLOATING = {"F16", "BF16", "F32"}
 _MAX_NAME_BYTES = 200
 _MOST_SECONDS = 10.0
+# Files may have holes: a terabyte of zeros costs nobody anything, and its reader everything.
+_MOST_TENSOR_BYTES, _MOST_FILE_BYTES = 4 << 30, 64 << 30
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def read_adapter(path: Path, name: str | None = None) -> Adapter:
     plain_only = f"modules_to_save {config.heads}" if config.heads else None
     parameters = 0
     weights = TensorFile(weights_file)
+    if weights.identity.size > _MOST_FILE_BYTES:
+        raise JDLoRAError(f"{weights_file}: {weights.identity.size} bytes; no adapter is as large")
     for key in sorted(weights.tensors):
         parsed = _parse_tensor_name(key, weights_file)
         if parsed is None:
@@ -255,6 +259,8 @@ def _check_tensor(weights: TensorFile, key: str, file: Path) -> int:
         raise JDLoRAError(f"{file}: {key}: dtype {dtype}; must be fp16, bf16 or fp32")
     if len(shape) != 2 or 0 in shape:
         raise JDLoRAError(f"{file}: {key}: shape {list(shape)}; must be a matrix that is not empty")
+    if weights.tensors[key].nbytes > _MOST_TENSOR_BYTES:
+        raise JDLoRAError(f"{file}: {key}: shape {list(shape)}; no matrix of a LoRA is as large")
     if not bool(torch.isfinite(weights.read(key)).all()):
         raise JDLoRAError(f"{file}: {key}: holds NaN or infinity; train or export this adapter again")
     return shape[0] * shape[1]

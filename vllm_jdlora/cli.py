@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except JDLoRAError as error:
         print(f"jdlora: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # a path that nobody can open, a full disk beneath what is printed
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"jdlora: {printable(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"jdlora: {'; '.join(getattr(stop, '__notes__', ['stopped; nothing was left behind']))}", file=sys.stderr)

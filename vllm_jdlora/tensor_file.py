@@ -203,7 +203,10 @@ def _identity(fd: int) -> Identity:
 
 
 def _tensor(fd: int, path: Path, dtype: str, shape: tuple[int, ...], begin: int) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=_TORCH[dtype])
+    try:
+        tensor = torch.empty(shape, dtype=_TORCH[dtype])
+    except RuntimeError as error:
+        raise JDLoRAError(f"{path}: there is no memory for a tensor {list(shape)}") from error
     if tensor.numel():
         _fill(fd, path, tensor.reshape(-1).view(torch.uint8).numpy().data, begin)
     return tensor

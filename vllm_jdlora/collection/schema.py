@@ -27,6 +27,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 QUANTIZATIONS = ("none", "int8", "fp8")
 
 _FILE_NAME = re.compile(r"(bases|errors|scalings-\d{5})\.safetensors")
+_MOST_NUMBERS = 1 << 48
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -151,10 +152,20 @@ class CollectionManifest:
         if min(clusters) < 0 or max(clusters) >= self.clusters:
             entry = next(a for a in self.adapters if not 0 <= a.cluster < self.clusters)
             raise JDLoRAError(f"adapter {entry.name} is in cluster {entry.cluster}")
+        for entry in self.plain:
+            self._require_sizes(entry.name, (entry.rank, entry.parameters))
+        sizes = [number for a in self.adapters for number in (a.rank, a.parameters)]
+        if min(sizes) < 0 or max(sizes) >= _MOST_NUMBERS:
+            for a in self.adapters:
+                self._require_sizes(a.name, (a.rank, a.parameters))
         for errors in ([a.relative_error for a in self.adapters], [a.output_error or 0.0 for a in self.adapters]):
             if not all(map(math.isfinite, errors)) or min(errors) < 0:
                 row = next(i for i, error in enumerate(errors) if not math.isfinite(error) or error < 0)
                 raise JDLoRAError(f"adapter {self.adapters[row].name} has the error {errors[row]}")
+
+    def _require_sizes(self, name: str, sizes: tuple[int, ...]) -> None:
+        for size in sizes:
+            _require(0 <= size < _MOST_NUMBERS, f"adapter {name} has the size {short(size)}")
 
     def _content(self) -> dict[str, Any]:
         """All but the revision, as JSON says it. ``asdict`` would copy every number."""

@@ -74,7 +74,8 @@ class WorkFolder:
     ) -> None:
         if self._lock is None:
             return
-        if error is None or (isinstance(error, JDLoRAError) and not isinstance(error.__cause__, OSError)):
+        refused = isinstance(getattr(error, "__cause__", None), (OSError, SafetensorError))  # by the disk
+        if error is None or (isinstance(error, JDLoRAError) and not refused):
             shutil.rmtree(self.path, ignore_errors=True)
         elif isinstance(error, KeyboardInterrupt):
             error.add_note("stopped; the same command goes on from the last finished slice")
