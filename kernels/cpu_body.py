@@ -1,6 +1,6 @@
-"""The body of the CPU kernel, which each thread runs over its tiles: shrink, Σ, expand.
+"""The body of the CPU kernel, which each thread runs over its groups of tokens: shrink, Σ, expand.
 
-One stream of bases is read, tile after tile; what comes next is fetched from memory meanwhile.
+One stream of bases is read, group after group; what comes next is fetched from memory meanwhile.
 """
 
 from __future__ import annotations
@@ -15,42 +15,49 @@ import numpy as np
 import torch
 
 from vllm_jdlora.kernels import cpu_threads
+from vllm_jdlora.kernels.cpu_layout import BLOCK, Form
 from vllm_jdlora.kernels.cpu_numbers import address_as_pointer, narrowed, widened
-from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, expand_tile, fetching, shrink_tile, sigma_tile
+from vllm_jdlora.kernels.cpu_tiles import SIGMA_COLUMNS, TOKENS, expand_tile, fetching, shrink_tile, sigma_tile
 
 # Bytes of bases between what is multiplied and what is fetched.
 _AHEAD = 8 << 10
 
 # Parameters of a layer, int64 each: addresses, strides in bytes, sizes. AT_…: bytes from a thread's scratch, which
-# begins with the addresses of rows of x and of y, to its own x, h, g and a row of y for tokens that are not there.
+# begins with the addresses of rows of x and of y, to its own x, h and g.
 # numba reads module-level numbers as constants; with members of an enumeration it compiled for minutes.
-FIELDS = 23
+FIELDS = 22
 (
-    X, X_STRIDE, Y, Y_STRIDE, PLAN, SCRATCH, SCRATCH_STRIDE, AT_X, AT_H, AT_G, AT_Y, BASES, CLUSTER, V_BLOCK,
-    ROWS_OF_V, D_IN, TURNS, SIGMA, SIGMA_SLOT, DIAGONAL, RANK, SLICES, SLICE_TABLE,
+    X, X_STRIDE, Y, Y_STRIDE, PLAN, SCRATCH, SCRATCH_STRIDE, AT_X, AT_H, AT_G, BASES, CLUSTER, V_BLOCK,
+    ROWS_OF_V, D_IN, TURNS, SIGMA, SIGMA_SLOT, DIAGONAL, PIECES, SLICES, SLICE_TABLE,
 ) = range(FIELDS)  # fmt: skip
 # Addresses in a plan.
-PLAN_TOKENS, PLAN_SLOTS, PLAN_TILE_START, PLAN_TILE_COUNT, PLAN_TILE_CLUSTER, PLAN_SPLIT = range(6)
-# Of each slice: bytes from a cluster's bases to its U, from block to block, d_out.
-_PER_SLICE = 3
-# Bytes of the addresses of a tile's rows.
-_ROWS_BYTES = 8 * TOKENS[-1]
+PLAN_TOKENS, PLAN_SLOTS, PLAN_GROUP_START, PLAN_GROUP_COUNT, PLAN_GROUP_CLUSTER, PLAN_SPLIT = range(6)
+# Of each slice: bytes from a cluster's bases to its U, d_out.
+_PER_SLICE = 2
+GROUP = 16
+"""Most tokens that read a piece of the bases one after the other while it is in the nearest cache."""
+# Bytes of the addresses of a group's rows.
+_ROWS_BYTES = 8 * GROUP
 
 
 @lru_cache
-def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, int], None]:
+def compiled(form: Form, rank: int) -> Callable[[int, int, int, int, int, int, int], None]:
     """The compiled call: parameters' address, x and its stride (in numbers), y and its stride, plan, threads.
 
-    few: rows of Σ that are taken at once, a divisor of the rank. Compiling takes about two seconds.
+    rank: R, a multiple of 8. Compiling takes about two seconds.
     """
+    few = form.lanes if rank % form.lanes == 0 else 8  # rows of Σ that are taken at once
+    depth = rank // 2 if form.pairs else rank
     carray, int64, float32 = numba.carray, np.int64, np.float32
-    shrink1, shrink2, shrink4 = (shrink_tile(form, tokens) for tokens in TOKENS)
-    vectors, lanes = form.vectors, form.lanes
-    wide1, wide2, wide4 = (expand_tile(form, tokens, vectors) for tokens in TOKENS)
-    slim1, slim2, slim4 = (expand_tile(form, tokens, 1) for tokens in TOKENS)
+    shrink1, shrink2, shrink3, shrink4 = (shrink_tile(form, tokens) for tokens in TOKENS)
+    again4 = shrink_tile(form, 4, fetches=False)
+    vectors, lanes, u_block = form.vectors, form.lanes, depth * form.vector_bytes
+    wide1, wide2, wide3, wide4 = (expand_tile(form, tokens, vectors, depth) for tokens in TOKENS)
+    wide_again4 = expand_tile(form, 4, vectors, depth, fetches=False)
+    slim1, slim2, slim3, slim4 = (expand_tile(form, tokens, 1, depth) for tokens in TOKENS)
     apply_sigma, scale = sigma_tile(form, few, False), sigma_tile(form, few, True)
     fetch = fetching()
-    rows1, rows2, rows4 = (form.rows(tokens) for tokens in TOKENS)
+    rows1, rows2, rows4 = form.rows(1), form.rows(2), form.rows(4)
     pairs, half = form.pairs, form.stored == torch.bfloat16
     width = form.stored.itemsize
     x_width = g_width = 2 if pairs else 4
@@ -71,34 +78,35 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
         big = 1 << 40
         tokens = carray(address_as_pointer(plan[PLAN_TOKENS]), big, int64)
         slots = carray(address_as_pointer(plan[PLAN_SLOTS]), big, int64)
-        tile_start = carray(address_as_pointer(plan[PLAN_TILE_START]), big, int64)
-        tile_count = carray(address_as_pointer(plan[PLAN_TILE_COUNT]), big, int64)
-        tile_cluster = carray(address_as_pointer(plan[PLAN_TILE_CLUSTER]), big, int64)
+        group_start = carray(address_as_pointer(plan[PLAN_GROUP_START]), big, int64)
+        group_count = carray(address_as_pointer(plan[PLAN_GROUP_COUNT]), big, int64)
+        group_cluster = carray(address_as_pointer(plan[PLAN_GROUP_CLUSTER]), big, int64)
         split = carray(address_as_pointer(plan[PLAN_SPLIT]), big, int64)
         thread = int64(thread_number())
-        rows, rank, slices, d_in, turns = p[ROWS_OF_V], p[RANK], p[SLICES], p[D_IN], p[TURNS]
+        rows, slices, d_in, turns, pieces = p[ROWS_OF_V], p[SLICES], p[D_IN], p[TURNS], p[PIECES]
         padded = turns * step
         sigma_lines = max(slices * rank * (1 if p[DIAGONAL] else rank) * 4 // 64, 1)
         # This thread's scratch.
         at_rows = p[SCRATCH] + thread * p[SCRATCH_STRIDE]
-        at_x, at_h, at_g, at_y = at_rows + p[AT_X], at_rows + p[AT_H], at_rows + p[AT_G], at_rows + p[AT_Y]
+        at_x, at_h, at_g = at_rows + p[AT_X], at_rows + p[AT_H], at_rows + p[AT_G]
         at_y_rows = at_rows + _ROWS_BYTES
-        x_rows = carray(address_as_pointer(at_rows), 4, int64)
-        y_rows = carray(address_as_pointer(at_y_rows), 4, int64)
-        g = carray(address_as_pointer(at_g), (4, rows), float32)
-        g_pairs = carray(address_as_pointer(at_g), (4, 2 * rows), np.uint16)
+        x_rows = carray(address_as_pointer(at_rows), GROUP, int64)
+        y_rows = carray(address_as_pointer(at_y_rows), GROUP, int64)
+        g = carray(address_as_pointer(at_g), (GROUP, rows), float32)
+        g_pairs = carray(address_as_pointer(at_g), (GROUP, 2 * rows), np.uint16)
         copied = (not pairs and half) or padded != d_in
         g_stride = rows * 4
 
-        for tile in range(split[thread], split[thread + 1]):
-            start, count = tile_start[tile], tile_count[tile]
-            size = 1 if count == 1 else (2 if count == 2 else 4)
-            for i in range(size):
-                token = tokens[start + min(i, count - 1)]
+        for group in range(split[thread], split[thread + 1]):
+            start, count = group_start[group], group_count[group]
+            # What does not fill tiles of four comes first.
+            size = (count - 1) % 4 + 1
+            for i in range(count):
+                token = tokens[start + i]
                 x_rows[i] = p[X] + token * p[X_STRIDE]
-                y_rows[i] = p[Y] + token * p[Y_STRIDE] if i < count else at_y
+                y_rows[i] = p[Y] + token * p[Y_STRIDE]
             if copied:
-                for i in range(size):
+                for i in range(count):
                     if pairs:
                         narrow_x = carray(address_as_pointer(x_rows[i]), d_in, np.uint16)
                         own = carray(address_as_pointer(at_x + i * padded * 2), padded, np.uint16)
@@ -116,66 +124,78 @@ def compiled(form: Form, few: int) -> Callable[[int, int, int, int, int, int, in
 
             # Each token's Σ lies somewhere else: without this every one is waited for.
             for i in range(count):
-                fetch(p[SIGMA] + slots[start + i] * p[SIGMA_SLOT], sigma_lines)
+                if i == 0 or slots[start + i] != slots[start + i - 1]:
+                    fetch(p[SIGMA] + slots[start + i] * p[SIGMA_SLOT], sigma_lines)
 
-            bases = p[BASES] + tile_cluster[tile] * p[CLUSTER]
-            # What the next tile reads lies behind what this one reads.
-            onward = (tile_cluster[min(tile + 1, split[thread + 1] - 1)] - tile_cluster[tile] - 1) * p[CLUSTER]
+            bases = p[BASES] + group_cluster[group] * p[CLUSTER]
+            # What the next group reads lies behind what this one reads.
+            onward = (group_cluster[min(group + 1, split[thread + 1] - 1)] - group_cluster[group] - 1) * p[CLUSTER]
             within = p[CLUSTER] - _AHEAD
-            # Three copies here and below: one loop that picks the tile inside takes 1 to 2 % longer (bases in the
-            # cache), and inlined helpers take a third longer to compile, for which a server waits when it starts.
-            if size == 1:
-                for j in range(0, rows, rows1):
-                    offset = j // BLOCK * p[V_BLOCK] + j % BLOCK * vector_bytes
-                    ahead = _AHEAD if offset < within else _AHEAD + onward
+            # The rows of V that the first tile reads once, in which as many reads of fewer rows fit.
+            piece = rows1 if size == 1 else (rows2 if size == 2 else rows4)
+            for j in range(0, rows, piece):
+                offset = j // BLOCK * p[V_BLOCK] + j % BLOCK * vector_bytes
+                ahead = _AHEAD if offset < within else _AHEAD + onward
+                if size == 1:
                     shrink1(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
-            elif size == 2:
-                for j in range(0, rows, rows2):
-                    offset = j // BLOCK * p[V_BLOCK] + j % BLOCK * vector_bytes
-                    ahead = _AHEAD if offset < within else _AHEAD + onward
+                elif size == 2:
                     shrink2(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
-            else:
-                for j in range(0, rows, rows4):
-                    offset = j // BLOCK * p[V_BLOCK] + j % BLOCK * vector_bytes
-                    ahead = _AHEAD if offset < within else _AHEAD + onward
+                elif size == 3:
+                    shrink3(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
+                else:
                     shrink4(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
+                for i in range(size, count, 4):
+                    for k in range(j, j + piece, rows4):
+                        offset = k // BLOCK * p[V_BLOCK] + k % BLOCK * vector_bytes
+                        to = at_h + i * g_stride + k * 4
+                        again4(at_rows + 8 * i, bases + offset, p[V_BLOCK], turns, to, g_stride, 0)
 
             for i in range(count):
                 sigma = p[SIGMA] + slots[start + i] * p[SIGMA_SLOT]
                 of_h, of_g = at_h + i * g_stride, at_g + i * g_stride
                 for r in range(0, slices * rank, few):
                     if p[DIAGONAL]:
-                        scale(sigma + 4 * r, 1, of_h + 4 * r, of_g + g_width * r)
+                        scale(sigma + 4 * r, 0, 1, of_h + 4 * r, of_g + g_width * r)
                     else:
                         first = r // rank * rank
-                        apply_sigma(sigma + 4 * r * rank, rank // few, of_h + 4 * first, of_g + g_width * r)
+                        of_sigma = sigma + 4 * (first * rank + r - first)
+                        apply_sigma(of_sigma, rank * 4, rank // SIGMA_COLUMNS, of_h + 4 * first, of_g + g_width * r)
 
             table = carray(address_as_pointer(p[SLICE_TABLE]), (slices, _PER_SLICE), int64)
             column = int64(0)
-            depth = rank // 2 if pairs else rank
             for s in range(slices):
-                u, u_block, d_out = table[s, 0], table[s, 1], table[s, 2]
+                u, d_out = table[s, 0], table[s, 1]
                 of_g = at_g + s * rank * g_width
                 o = int64(0)
                 while o + vectors * lanes <= d_out:
                     offset, to = u + o // lanes * u_block, (column + o) * width
                     ahead = _AHEAD if offset < within else _AHEAD + onward
                     if size == 1:
-                        wide1(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
+                        wide1(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
                     elif size == 2:
-                        wide2(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
+                        wide2(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
+                    elif size == 3:
+                        wide3(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
                     else:
-                        wide4(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
+                        wide4(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
+                    for i in range(size, count, 4):
+                        more_y, more_g = at_y_rows + 8 * i, of_g + i * g_stride
+                        wide_again4(more_y, to, bases + offset, more_g, g_stride, pieces, 0)
                     o += vectors * lanes
                 while o + lanes <= d_out:
                     offset, to = u + o // lanes * u_block, (column + o) * width
                     ahead = _AHEAD if offset < within else _AHEAD + onward
                     if size == 1:
-                        slim1(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
+                        slim1(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
                     elif size == 2:
-                        slim2(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
+                        slim2(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
+                    elif size == 3:
+                        slim3(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
                     else:
-                        slim4(at_y_rows, to, bases + offset, u_block, of_g, g_stride, depth, ahead)
+                        slim4(at_y_rows, to, bases + offset, of_g, g_stride, pieces, ahead)
+                    for i in range(size, count, 4):
+                        more_y, more_g = at_y_rows + 8 * i, of_g + i * g_stride
+                        slim4(more_y, to, bases + offset, more_g, g_stride, pieces, ahead)
                     o += lanes
                 last = bases + u + o // lanes * u_block
                 while o < d_out:

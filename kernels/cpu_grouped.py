@@ -1,4 +1,4 @@
-"""The LoRA linear on CPU: tiles of tokens that share a cluster go through V, Σ and U without leaving the cache.
+"""The LoRA linear on CPU: groups of tokens that share a cluster go through V, Σ and U without leaving the cache.
 
 Two steps, as in flashinfer: :meth:`TokenGroups.plan` looks once at who is in the batch; :class:`PackedLinear` runs
 for every layer on that plan. One call for a layer, whatever its slices; no buffer of the batch's size; rows of the
@@ -16,9 +16,14 @@ import numpy as np
 import torch
 
 from vllm_jdlora.kernels import cpu_body, cpu_pages, cpu_threads
-from vllm_jdlora.kernels.cpu_tiles import BLOCK, TOKENS, Form, lay_u, lay_v
+from vllm_jdlora.kernels.cpu_layout import BLOCK, Form, lay_u, lay_v
+from vllm_jdlora.kernels.cpu_tiles import PIECE
 
-_MOST = TOKENS[-1]
+_MOST = cpu_body.GROUP
+# Groups that each thread has at least, where there are tokens for them.
+_SHARE = 2
+# A cluster's bases come from memory once, for as long as it takes to multiply so many tokens by them.
+_READING = 4
 # Rows of V are padded to the sums of one token's tile, which is a vector at most.
 _ROWS = 16
 _LINE = 64
@@ -26,13 +31,14 @@ _LINE = 64
 
 @dataclass
 class TokenGroups:
-    """The tokens of a step in tiles: up to four that share a cluster; tokens without an adapter are left out.
+    """The tokens of a step in groups that share a cluster and read its bases together; tokens without an adapter are
+    left out. The more tokens a step has for each thread the larger the groups.
 
     Attributes:
         num_tokens: rows of x and y that the plan is for.
         tokens, slots: int64 [L], the rows sorted by cluster and then by scaling slot, and each one's slot.
-        tile_start, tile_count, tile_cluster: int64 [tiles]; a tile is ``tokens[start : start + count]``.
-        split: int64 [threads + 1]; thread i has the tiles ``split[i] : split[i + 1]``.
+        group_start, group_count, group_cluster: int64 [groups]; a group is ``tokens[start : start + count]``.
+        split: int64 [threads + 1]; thread i has the groups ``split[i] : split[i + 1]``.
         empty: whether no token has an adapter.
         address: of the addresses that the kernel reads; valid while this plan lives.
     """
@@ -40,9 +46,9 @@ class TokenGroups:
     num_tokens: int
     tokens: np.ndarray
     slots: np.ndarray
-    tile_start: np.ndarray
-    tile_count: np.ndarray
-    tile_cluster: np.ndarray
+    group_start: np.ndarray
+    group_count: np.ndarray
+    group_cluster: np.ndarray
     split: np.ndarray
     empty: bool = field(init=False)
     threads: int = field(init=False)
@@ -50,7 +56,7 @@ class TokenGroups:
     _addresses: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        parts = (self.tokens, self.slots, self.tile_start, self.tile_count, self.tile_cluster, self.split)
+        parts = (self.tokens, self.slots, self.group_start, self.group_count, self.group_cluster, self.split)
         # Read once here and not by every layer.
         self._addresses = np.array([part.ctypes.data for part in parts], dtype=np.int64)
         self.address = self._addresses.ctypes.data
@@ -69,30 +75,31 @@ class TokenGroups:
         changes = np.flatnonzero(cluster[1:] != cluster[:-1]) + 1
         starts = np.concatenate(([0], changes)) if len(tokens) else changes
         lengths = np.diff(np.append(starts, len(tokens)))
-        tiles = -(-lengths // _MOST)
-        first = np.cumsum(tiles) - tiles
-        within = np.arange(int(tiles.sum())) - np.repeat(first, tiles)
-        tile_start = np.repeat(starts, tiles) + _MOST * within
-        tile_count = np.minimum(_MOST, np.repeat(starts + lengths, tiles) - tile_start)
+        most = min(_MOST, 4 * max(1, -(-len(tokens) // (4 * _SHARE * threads))))
+        groups = -(-lengths // most)
+        first = np.cumsum(groups) - groups
+        within = np.arange(int(groups.sum())) - np.repeat(first, groups)
+        group_start = np.repeat(starts, groups) + most * within
+        group_count = np.minimum(most, np.repeat(starts + lengths, groups) - group_start)
         return cls(
             num_tokens=len(token_cluster),
             tokens=tokens.astype(np.int64),
             slots=token_slot[tokens].astype(np.int64),
-            tile_start=tile_start.astype(np.int64),
-            tile_count=tile_count.astype(np.int64),
-            tile_cluster=np.repeat(cluster[starts], tiles),
-            split=_split(tile_count, threads),
+            group_start=group_start.astype(np.int64),
+            group_count=group_count.astype(np.int64),
+            group_cluster=np.repeat(cluster[starts], groups),
+            split=_split(group_count + _READING * (within == 0), threads),
         )
 
 
-def _split(tile_count: np.ndarray, threads: int) -> np.ndarray:
-    """Tiles for each thread, alike in work: reading a cluster's bases costs about as much as one token."""
-    if not len(tile_count):
+def _split(work: np.ndarray, threads: int) -> np.ndarray:
+    """Groups for each thread, alike in work; work: of each group."""
+    if not len(work):
         return np.zeros(2, dtype=np.int64)
-    work = np.cumsum(np.array([0, 2, 3, 5, 5])[tile_count])
-    threads = min(threads, len(tile_count))
-    inner = np.searchsorted(work, work[-1] * np.arange(1, threads) / threads, side="left") + 1
-    return np.concatenate(([0], inner, [len(tile_count)])).astype(np.int64)
+    done = np.cumsum(work)
+    threads = min(threads, len(work))
+    inner = np.searchsorted(done, done[-1] * np.arange(1, threads) / threads, side="left") + 1
+    return np.concatenate(([0], inner, [len(work)])).astype(np.int64)
 
 
 def stream_shapes(
@@ -112,15 +119,17 @@ class PackedLinear:
 
     Attributes:
         form: of the bases.
-        sigma: fp32 [slots, slices, R, R] or, for JD-Diag, [slots, slices, R]; read where it is.
+        sigma: fp32 [slots, slices, R, R], in memory column by column (a transposed view), or, for JD-Diag,
+            [slots, slices, R]; read where it is.
     """
 
     def __init__(self, widths: Sequence[int], d_in: int, rank: int, clusters: int, form: Form, sigma: torch.Tensor):
         """Room for C clusters of bases of rank R, a multiple of 8. widths: d_out of each slice."""
         if rank % 8:
             raise ValueError(f"the CPU kernel takes ranks that are multiples of 8, not {rank}: pad with zeros")
-        if sigma.dtype != torch.float32 or not sigma[0].is_contiguous():
-            raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous")
+        columns = sigma if sigma.ndim == 3 else sigma.mT
+        if sigma.dtype != torch.float32 or not columns[0].is_contiguous():
+            raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous and column by column")
         self.form, self.rank, self.widths, self.sigma = form, rank, tuple(widths), sigma
         v_shape, u_shapes = stream_shapes(widths, d_in, rank, form)
         self._d_in, self._rows = d_in, v_shape[0] * BLOCK
@@ -131,15 +140,12 @@ class PackedLinear:
         self._v, self._u = parts[0], parts[1:]
         self._parameters = np.zeros(cpu_body.FIELDS, dtype=np.int64)
         self._slices = np.array(
-            [
-                (u.data_ptr() - bases.data_ptr(), u.stride(1) * u.element_size(), width)
-                for u, width in zip(self._u, widths, strict=True)
-            ],
+            [(u.data_ptr() - bases.data_ptr(), width) for u, width in zip(self._u, widths, strict=True)],
             dtype=np.int64,
         )
         self._fill_in()
         self._data = self._parameters.ctypes.data
-        self._run = cpu_body.compiled(form, form.lanes if rank % form.lanes == 0 else 8)
+        self._run = cpu_body.compiled(form, rank)
         self._take_scratch(cpu_threads.count())
 
     def write(self, cluster: int, u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
@@ -172,9 +178,9 @@ class PackedLinear:
         v, sigma, fields = self._v, self.sigma, self._parameters
         width = v.element_size()
         turns = v.shape[2]
-        # Addresses of rows (x, y), x in the form that shrink takes, h, g, and a row of y for tokens that are not there.
+        # Addresses of rows (x, y), x in the form that shrink takes, h, g.
         x_bytes = turns * self.form.step * (2 if self.form.pairs else 4)
-        parts = (16 * _MOST, _MOST * x_bytes, _MOST * self._rows * 4, _MOST * self._rows * 4, sum(self.widths) * width)
+        parts = (16 * _MOST, _MOST * x_bytes, _MOST * self._rows * 4, _MOST * self._rows * 4)
         starts = list(itertools.accumulate(-(-part // _LINE) * _LINE for part in parts))
         self._scratch_bytes = starts[-1]
         values = {
@@ -182,7 +188,6 @@ class PackedLinear:
             cpu_body.AT_X: starts[0],
             cpu_body.AT_H: starts[1],
             cpu_body.AT_G: starts[2],
-            cpu_body.AT_Y: starts[3],
             cpu_body.BASES: v.data_ptr(),
             cpu_body.CLUSTER: v.stride(0) * width,
             cpu_body.V_BLOCK: v.stride(1) * width,
@@ -192,7 +197,7 @@ class PackedLinear:
             cpu_body.SIGMA: sigma.data_ptr(),
             cpu_body.SIGMA_SLOT: sigma.stride(0) * 4,
             cpu_body.DIAGONAL: sigma.ndim == 3,
-            cpu_body.RANK: self.rank,
+            cpu_body.PIECES: self.rank // (2 if self.form.pairs else 1) // PIECE,
             cpu_body.SLICES: len(self.widths),
             cpu_body.SLICE_TABLE: self._slices.ctypes.data,
         }

@@ -26,7 +26,7 @@ from rich.table import Table
 from vllm_jdlora.evaluation.records import append_line
 from vllm_jdlora.kernels import cpu_threads
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
-from vllm_jdlora.kernels.cpu_tiles import Form
+from vllm_jdlora.kernels.cpu_layout import Form
 
 RESULTS = Path(__file__).parent / "results" / "bench_cpu_grouped.jsonl"
 ADAPTERS, RANK = 1000, 16
@@ -66,7 +66,7 @@ def batch_of(tokens: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kernel(module: Module, form: Form, clusters: int, token_cluster: np.ndarray, token_slot: np.ndarray) -> Run:
-    sigma = torch.randn(ADAPTERS, len(module.widths), RANK, RANK)
+    sigma = torch.randn(ADAPTERS, len(module.widths), RANK, RANK).mT
     linear = PackedLinear(module.widths, module.d_in, RANK, clusters, form, sigma)
     groups = TokenGroups.plan(token_cluster, token_slot)
     for cluster in range(clusters):

@@ -13,21 +13,22 @@ from vllm_jdlora.serving.scaling_buffer import ScalingBuffer, StagingRows
 ROWS, WIDTH, SLOTS = 5, 8, 3
 
 
-def made(diagonal: bool = False, dtype: torch.dtype = torch.float32) -> ScalingBuffer:
-    return ScalingBuffer(SLOTS, ROWS, WIDTH, diagonal=diagonal, dtype=dtype, device="cpu")
+def made(diagonal: bool = False, dtype: torch.dtype = torch.float32, by_columns: bool = False) -> ScalingBuffer:
+    return ScalingBuffer(SLOTS, ROWS, WIDTH, diagonal=diagonal, dtype=dtype, device="cpu", by_columns=by_columns)
 
 
 def layout(order: list[int], covered: list[int]) -> SimpleNamespace:
     return SimpleNamespace(order=torch.tensor(order), covered=torch.tensor(covered))
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize(
     ("rank", "order", "covered"),
     [(rank, *layout) for rank in (6, WIDTH) for layout in (([2, 0, 1], [0, 1, 4]), ([4, 2, 0, 1, 3], [0, 1, 2, 3, 4]))],
 )
-def test_each_slice_lies_in_the_corner_of_its_row_and_all_else_is_zero(diagonal, rank, order, covered):
-    buffer = made(diagonal, torch.bfloat16)
+def test_each_slice_lies_in_the_corner_of_its_row_and_all_else_is_zero(diagonal, by_columns, rank, order, covered):
+    buffer = made(diagonal, torch.bfloat16, by_columns)
     buffer.lay_out(layout(order, covered), rank)
     matrix = (rank,) if diagonal else (rank, rank)
     stored = torch.randn(len(order), *matrix).half()
@@ -39,6 +40,7 @@ def test_each_slice_lies_in_the_corner_of_its_row_and_all_else_is_zero(diagonal,
         else:
             expected[row, :rank, :rank] = stored[index]
     assert torch.equal(buffer.sigma[1], expected)
+    assert (buffer.sigma.mT if by_columns and not diagonal else buffer.sigma).is_contiguous()
     assert not buffer.sigma[[0, 2]].any()
     identity = torch.ones(WIDTH) if diagonal else torch.eye(WIDTH)
     assert torch.equal(buffer.sigma[buffer.identity_slot].float(), identity.expand(ROWS, *identity.shape))

@@ -147,7 +147,7 @@ class DeviceBytes:
 def _stream_bytes(module: WrappedModule, rank: int, dtype: torch.dtype) -> int:
     """One cluster of one module as the CPU kernel reads it."""
     from vllm_jdlora.kernels.cpu_grouped import stream_shapes
-    from vllm_jdlora.kernels.cpu_tiles import Form
+    from vllm_jdlora.kernels.cpu_layout import Form
 
     form = Form.here(torch.float32 if dtype == torch.float16 else dtype)
     v, u = stream_shapes(module.widths, module.d_in, rank, form)

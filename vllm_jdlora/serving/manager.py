@@ -60,6 +60,7 @@ class JDLoRAModelManager(BaseSlotsManager):
             diagonal=manifest.method == "diag",
             dtype=self.lora_config.lora_dtype,
             device=self.device,
+            by_columns=self._punica.sigma_by_columns,
         )
         self._set_up(CollectionRevisions(collection, options.arrivals), scalings, options.base_slots)
         self._attach_layers(slices)

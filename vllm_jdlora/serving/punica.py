@@ -22,7 +22,12 @@ class JDPunica(PunicaWrapperBase):
 
     vLLM's own metadata is not made: its loop over tokens takes milliseconds for a long prefill, and its only readers
     are embedding, logits and expert layers, which are refused at start-up.
+
+    Attributes:
+        sigma_by_columns: whether the kernels read Σ column by column in memory.
     """
+
+    sigma_by_columns = False
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
-from vllm_jdlora.kernels.cpu_tiles import Form
+from vllm_jdlora.kernels.cpu_layout import Form
 from vllm_jdlora.serving.punica import JDPunica, LayerPunica, define_operator, layer_of
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
@@ -20,6 +20,8 @@ class JDPunicaCPU(JDPunica):
     vLLM's own CPU wrapper gathers a whole LoRA matrix for each token, and on 0.32 takes the base model's −1 for the
     last slot; nothing of it is used here.
     """
+
+    sigma_by_columns = True
 
     def __init__(
         self,

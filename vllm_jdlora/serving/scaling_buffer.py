@@ -23,7 +23,8 @@ class ScalingBuffer:
     Attributes:
         slots: S.
         sigma: [S + 1, rows, R, R], or [S + 1, rows, R] of diagonals: row s is the Σ of the adapter in slot s for every
-            module slice, row S is the identity, through which plain adapters of any rank up to R pass unchanged.
+            module slice, row S is the identity, through which plain adapters of any rank up to R pass unchanged. In
+            memory Σ lie row by row or, where the kernel multiplies so, column by column.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ScalingBuffer:
         diagonal: bool,
         dtype: torch.dtype,
         device: torch.device | str,
+        by_columns: bool = False,
     ):
         """
         Args:
@@ -44,6 +46,7 @@ class ScalingBuffer:
             diagonal: JD-Diag.
             dtype: of the buffer.
             device: of the buffer. Rows go to a GPU by way of pinned host memory.
+            by_columns: Σ lie column by column in memory.
         """
         identity = torch.ones(rank) if diagonal else torch.eye(rank)
         shape = (slots + 1, rows, *identity.shape)
@@ -52,6 +55,8 @@ class ScalingBuffer:
             self.sigma = cpu_pages.zeros(slots + 1, math.prod(shape[1:]), dtype).view(shape)
         else:
             self.sigma = torch.zeros(shape, dtype=dtype, device=device)
+        if by_columns and not diagonal:
+            self.sigma = self.sigma.mT
         self.sigma[slots] = identity.to(self.sigma)
         self.slots, self._rank = slots, rank
         self._order = self._covered = torch.empty(0, dtype=torch.int64)
