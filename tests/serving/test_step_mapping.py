@@ -190,6 +190,27 @@ def test_bases_of_a_step_that_repeats_are_not_the_least_recently_used():
     assert manager.statistics()["base_swaps"] == swaps
 
 
+def test_an_adapter_whose_scalings_cannot_be_read_again_after_they_were_evicted_gets_no_place(manager, worker):
+    collection = manager.collection
+    read, gone = collection.sigma, set()
+
+    def sigma(adapter: int) -> torch.Tensor:
+        if adapter in gone:
+            raise JDLoRAError("scalings-00000.safetensors ends too early")
+        return read(adapter)
+
+    collection.sigma = sigma
+    lost = compressed(0)
+    worker.set_active_requests(step_of([(lost, 1)]))
+    worker.set_active_requests(step_of([(compressed(i), 1) for i in range(1, 1 + SCALING_SLOTS)]))
+    gone.add(0)
+    for _ in range(2):
+        worker.set_active_requests(step_of([(lost, 1), (compressed(1), 1)]))
+        bases, slots = manager._punica.steps[-1]
+        assert (bases[0], slots[0]) == (-1, -1) and manager.compressed.scalings.sigma[slots[1], 0, 0, 0] == 1
+        assert manager.failed[1] == (lost.lora_int_id,)
+
+
 def test_adapters_whose_bases_cannot_be_read_get_no_place_and_the_others_theirs():
     manager = make_manager(12, 4, 6, base_slots=2)
     worker, write = make_worker(manager), manager._bases._write

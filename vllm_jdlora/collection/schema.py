@@ -152,8 +152,8 @@ class CollectionManifest:
         if min(clusters) < 0 or max(clusters) >= self.clusters:
             entry = next(a for a in self.adapters if not 0 <= a.cluster < self.clusters)
             raise JDLoRAError(f"adapter {entry.name} is in cluster {entry.cluster}")
-        for entry in self.plain:
-            self._require_sizes(entry.name, (entry.rank, entry.parameters))
+        for p in self.plain:
+            self._require_sizes(p.name, (p.rank, p.parameters))
         sizes = [number for a in self.adapters for number in (a.rank, a.parameters)]
         if min(sizes) < 0 or max(sizes) >= _MOST_NUMBERS:
             for a in self.adapters:

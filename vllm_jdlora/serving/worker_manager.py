@@ -47,6 +47,7 @@ class JDWorkerLoRAManager(LRUCacheWorkerLoRAManager):
                 if isinstance(error, RuntimeError) or not manager.runs_alone:
                     raise
                 failed[request.lora_int_id] = str(error)
+                manager.compressed.unbind(request.lora_int_id)  # it may have been bound when its Σ was evicted
         for lora_id, problem in manager.bring_bases(lora_requests).items():
             if not manager.runs_alone:
                 raise problem
