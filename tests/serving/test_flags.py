@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,8 @@ from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving import startup_build
+from vllm_jdlora.serving import starting_collection, startup_build
+from vllm_jdlora.serving.adapter_names import enter_collection
 from vllm_jdlora.serving.engine_settings import SCHEDULER, WORKER, apply_to_engine_args
 from vllm_jdlora.serving.flags import apply_flags
 from vllm_jdlora.serving.http_routes import AdapterRoutes
@@ -66,7 +69,7 @@ def test_a_collection_becomes_engine_settings_and_routes_of_the_api_server(parse
     engine = engine_args(args)
     assert engine.enable_lora and engine.worker_cls == WORKER and engine.scheduler_cls == SCHEDULER
     assert engine.lora_target_modules == ["q_proj", "v_proj"]
-    assert engine.max_lora_rank == 16 and engine.max_loras == 3 + 1
+    assert engine.max_lora_rank == 16 and engine.max_loras == 1
     options = ServingOptions.from_additional_config(engine.additional_config)
     assert (options.revision, options.scaling_slots, options.plain_slots) == (revision, 3, 1)
     assert (options.base_slots, options.arrivals) == (1, "")
@@ -219,7 +222,8 @@ def test_buffers_are_as_wide_as_vllm_has_them():
 def test_compiled_code_is_kept_for_every_collection_and_not_for_another_model_config(parser, files, tmp_path):
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    other = compress([read_adapter(f) for f in sorted(files["dir"].iterdir())], tmp_path / "other", rank=8, clusters=2)
+    adapters = [read_adapter(f) for f in sorted(files["dir"].iterdir())]
+    fewer = compress(adapters[:2], tmp_path / "fewer", rank=8, clusters=2)
 
     def key(collection, *flags):
         args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={collection}", *flags)
@@ -229,6 +233,56 @@ def test_compiled_code_is_kept_for_every_collection_and_not_for_another_model_co
         assert sent.compute_hash() == config.compute_hash()
         return config.compute_hash()
 
-    first = key(files["collection"], "--jd-scaling-slots=2")
-    assert first == key(other.path, "--jd-scaling-slots=2")
-    assert first != key(files["collection"], "--jd-scaling-slots=2", '--additional-config={"other": 1}')
+    first = key(files["collection"])
+    assert first == key(fewer.path, "--jd-scaling-slots=1", "--max-loras=4", "--max-cpu-loras=7")
+    assert first != key(files["collection"], '--additional-config={"other": 1}')
+    assert first != key(files["collection"], "--lora-target-modules=o_proj")
+
+
+def test_vllms_own_limit_of_adapters_in_a_batch_does_not_bind(parser, files):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    args = parse(
+        parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}", "--max-num-seqs=17"
+    )
+    lora = AsyncEngineArgs.from_cli_args(args).create_engine_config().lora_config
+    assert lora.max_loras == lora.max_cpu_loras == 17
+
+
+def test_a_damaged_collection_is_told_of_before_any_request_though_its_check_is_only_begun(parser, files, tmp_path):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(files["collection"], damaged)
+    file = damaged / "scalings-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={damaged}")
+
+    def config(headless=False, count=1, rank=0):
+        engine = AsyncEngineArgs.from_cli_args(args)
+        engine._api_process_count, engine._api_process_rank = count, rank
+        return engine.create_engine_config(UsageContext.OPENAI_API_SERVER, headless=headless)
+
+    for enters_no_names in ({"headless": True}, {"count": 2, "rank": -1}):
+        with pytest.raises(JDLoRAError, match="changed after it was written"):
+            config(**enters_no_names)
+    models = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config()))
+    with pytest.raises(JDLoRAError, match="changed after it was written"):
+        enter_collection(models)
+    config(count=2, rank=1)  # the process that started this one has checked
+
+
+def test_a_starting_process_opens_its_collection_once_unless_it_is_replaced(files, tmp_path):
+    folder = tmp_path / "collection"
+    shutil.copytree(files["collection"], folder)
+    first = starting_collection.open_once(str(folder))
+    starting_collection.check_meanwhile(str(folder))
+    assert starting_collection.checked(str(folder)) is first is starting_collection.open_once(str(folder))
+    os.replace(shutil.copyfile(folder / "collection.json", tmp_path / "new"), folder / "collection.json")
+    assert starting_collection.open_once(str(folder)) is not first
+    starting_collection.forget()
+    assert starting_collection.open_once(str(files["collection"])).path == files["collection"]
+    starting_collection.forget()

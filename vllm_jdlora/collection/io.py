@@ -72,8 +72,8 @@ class Collection:
 
         Args:
             path: the folder.
-            verify: also read every file, compare its digest and look for values that are not finite. Without it
-                only the manifest and the tensors' names, shapes and dtypes are checked.
+            verify: also :meth:`check_content`. Without it only the manifest and the tensors' names, shapes and
+                dtypes are checked.
 
         Raises:
             JDLoRAError: with the file (and tensor) that is wrong.
@@ -95,8 +95,16 @@ class Collection:
         collection = cls(path.absolute(), manifest)
         collection._check_layout()
         if verify:
-            check_content(collection.path, manifest, collection._files)
+            collection.check_content()
         return collection
+
+    def check_content(self) -> None:
+        """Read every file, compare its digest and look for values that are not finite.
+
+        Raises:
+            JDLoRAError: with the file (and tensor) that is wrong.
+        """
+        check_content(self.path, self.manifest, self._files)
 
     # --- reading --------------------------------------------------------------------------------------------------
 

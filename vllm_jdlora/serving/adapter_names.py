@@ -12,12 +12,12 @@ from typing import Any
 
 from vllm.lora.request import LoRARequest
 
-from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.adapter_copies import AdapterCopies
 from vllm_jdlora.serving.adapter_metrics import set_known
 from vllm_jdlora.serving.options import PATH_SCHEME, ServingOptions
 from vllm_jdlora.serving.requests import lora_requests
+from vllm_jdlora.serving.starting_collection import checked
 
 logger = logging.getLogger("vllm.jdlora")
 
@@ -80,13 +80,14 @@ def enter_collection(models: Any) -> None:
     are given by hand follow. An adapter reaches the engine with the first request for it.
 
     Raises:
-        JDLoRAError: the collection was replaced since the server's settings were made, or a name is the base model's.
+        JDLoRAError: the collection was replaced since the server's settings were made or its content is damaged, or a
+            name is the base model's.
     """
     options = ServingOptions.from_additional_config(models.engine_client.vllm_config.additional_config)
     if options is None:
         return
     started = time.monotonic()
-    collection = Collection.open(options.collection, verify=False)
+    collection = checked(options.collection)
     if collection.manifest.revision != options.revision:
         raise JDLoRAError(f"{options.collection}: was replaced while the server started; start it again")
     requests = lora_requests(collection)

@@ -37,14 +37,14 @@ def open_revision(path: str | Path, revision: str) -> Collection:
         JDLoRAError: it has another one, cannot be read, or is replaced just now.
     """
     for _ in range(3):
-        before = _identity(path)
+        before = manifest_identity(path)
         collection = Collection.open(path, verify=False)
         found = collection.manifest.revision
         if found != revision:
             raise JDLoRAError(
                 f"{path} is revision {found} and not {revision}: the collection was replaced meanwhile, load it again"
             )
-        if before is not None and _identity(path) == before:
+        if before is not None and manifest_identity(path) == before:
             return collection
     raise JDLoRAError(f"{path} is being replaced again and again: load it again when it is at rest")
 
@@ -148,8 +148,8 @@ class CollectionRevisions:
             raise JDLoRAError(f"adapter {path.name!r} is asked for from cluster {path.cluster} and lies in {cluster}")
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
-    """Of the manifest's file: another one in its place has another."""
+def manifest_identity(path: str | Path) -> tuple[int, int] | None:
+    """Of the manifest's file: another one in its place has another. ``None`` where there is none."""
     try:
         found = os.stat(Path(path) / MANIFEST_FILE)
     except OSError:

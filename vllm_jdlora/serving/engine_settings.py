@@ -19,6 +19,7 @@ from vllm_jdlora.serving.options import (
     buffer_rank,
     resolve_scaling_slots,
 )
+from vllm_jdlora.serving.starting_collection import check_meanwhile, open_once
 
 logger = logging.getLogger("vllm.jdlora")
 
@@ -36,8 +37,13 @@ _REFUSED = {
 }
 
 
-def apply_to_engine_args(engine_args: Any) -> None:
+def apply_to_engine_args(engine_args: Any, *, names_follow: bool = False) -> None:
     """Set what compressed serving needs on vLLM's ``EngineArgs``; applying twice changes nothing more.
+
+    Args:
+        engine_args: vLLM's.
+        names_follow: this process is an API server, which enters the collection's names once its engine is there, and
+            waits then for the check of the content that is only begun here.
 
     Raises:
         JDLoRAError: the options do not fit together or the collection does not fit them.
@@ -47,8 +53,7 @@ def apply_to_engine_args(engine_args: Any) -> None:
         return
     touchpoints.check("frontend")
     _refuse_conflicts(engine_args)
-    first_time = options.plain_slots is None
-    collection = Collection.open(absolute(options.collection), verify=first_time)
+    collection = _opened(engine_args, options, names_follow)
     manifest = collection.manifest
     _refuse_errors_above_limit(collection, options.max_error)
     _refuse_8_bits_where_there_are_none(collection, options.base_bits)
@@ -65,15 +70,22 @@ def apply_to_engine_args(engine_args: Any) -> None:
         scaling_slots=resolve_scaling_slots(options.scaling_slots, len(manifest.adapters), scaling_bytes),
         base_slots=min(options.base_slots or manifest.clusters, manifest.clusters),
     )
-    assert options.scaling_slots is not None
     engine_args.enable_lora = True
-    engine_args.max_loras = options.scaling_slots + plain_slots
-    engine_args.max_cpu_loras = max(engine_args.max_cpu_loras or 0, engine_args.max_loras)
     engine_args.max_lora_rank = rank
     engine_args.lora_target_modules = _target_modules(collection, engine_args.lora_target_modules)
     engine_args.worker_cls = WORKER
     engine_args.scheduler_cls = SCHEDULER
     engine_args.additional_config = options.put_into(engine_args.additional_config)
+
+
+def lift_adapter_limit(config: Any) -> None:
+    """Let vLLM's own limit of adapters in a batch, which counts all kinds alike, never bind: ours do.
+
+    It is a part of vLLM's key of compiled code, so it must not follow the collection either.
+    """
+    lora = config.lora_config
+    lora.max_loras = config.scheduler_config.max_num_seqs
+    lora.max_cpu_loras = max(lora.max_cpu_loras or 0, lora.max_loras)
 
 
 def restore_compilation(config: Any) -> None:
@@ -89,6 +101,18 @@ def restore_compilation(config: Any) -> None:
     prepared = "cpp.dynamic_threads" in compilation.inductor_compile_config
     if current_platform.is_cpu() and prepared and compilation.mode == CompilationMode.NONE:
         compilation.mode = CompilationMode.DYNAMO_TRACE_ONCE
+
+
+def _opened(engine_args: Any, options: ServingOptions, names_follow: bool) -> Collection:
+    """The collection, its content checked where nobody else does."""
+    path = absolute(options.collection)
+    one_of_many = engine_args._api_process_count > 1 and engine_args._api_process_rank >= 0
+    if options.plain_slots is not None or one_of_many:  # checked before, by this process or by that which started it
+        return open_once(path)
+    if not names_follow:
+        return Collection.open(path, verify=True)
+    check_meanwhile(path)
+    return open_once(path)
 
 
 def _refuse_conflicts(engine_args: Any) -> None:

@@ -114,12 +114,12 @@ def apply_flags(args: argparse.Namespace) -> None:
     # Only now: these read tensors, and vLLM's parser is built in many processes.
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
-    from vllm_jdlora.collection import Collection
+    from vllm_jdlora.serving.starting_collection import open_once
 
     arrivals = _runtime_updates(args)
     given = _given_adapters(args)
     if args.lora_collection is not None:
-        collection = Collection.open(absolute(args.lora_collection), verify=False)
+        collection = open_once(absolute(args.lora_collection))
         plain = given
     else:
         collection = _build(args, given)

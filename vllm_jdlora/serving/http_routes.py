@@ -18,6 +18,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.serving import starting_collection
 from vllm_jdlora.serving.adapter_names import AdapterNames
 from vllm_jdlora.serving.collection_swap import CollectionSwap
 from vllm_jdlora.serving.model_list import ModelList
@@ -71,6 +72,7 @@ async def set_up(app: FastAPI) -> None:
         runtime = RuntimeAdapters(models, options, running, app.state.args.jd_adapter_dir or "")
         runtime.take_over()
         _add_reload_route(router, CollectionSwap(runtime))
+    starting_collection.forget()
     app.router.routes[:0] = router.routes
     app.openapi_schema = None
 

@@ -61,20 +61,22 @@ def _wrap_create_engine_config(engine_args: Any) -> None:
     original = engine_args.create_engine_config
 
     @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False, **kwargs: Any) -> Any:
         from vllm_jdlora.serving.options import ServingOptions
 
         if ServingOptions.from_additional_config(self.additional_config) is None:
-            return original(self, *args, **kwargs)
+            return original(self, usage_context, headless, **kwargs)
         from vllm_jdlora.serving.compile_key import CompileKey
-        from vllm_jdlora.serving.engine_settings import apply_to_engine_args, restore_compilation
+        from vllm_jdlora.serving.engine_settings import apply_to_engine_args, lift_adapter_limit, restore_compilation
 
-        apply_to_engine_args(self)
-        if (args[0] if args else kwargs.get("usage_context")) in _SERVERS:
+        is_server = usage_context in _SERVERS
+        apply_to_engine_args(self, names_follow=is_server and not headless and self._api_process_rank >= 0)
+        if is_server:
             from vllm_jdlora.serving.api_server import wrap_api_server
 
             wrap_api_server()
-        config = original(self, *args, **kwargs)
+        config = original(self, usage_context, headless, **kwargs)
+        lift_adapter_limit(config)
         restore_compilation(config)
         config.additional_config = CompileKey(config.additional_config)
         return config

@@ -28,6 +28,7 @@ from vllm_jdlora.serving.adapter_names import AdapterNames
 from vllm_jdlora.serving.options import AdapterPath, ServingOptions
 from vllm_jdlora.serving.placement import Placement, check_plain, error_limit, place
 from vllm_jdlora.serving.running_requests import RunningRequests
+from vllm_jdlora.serving.starting_collection import open_once
 
 logger = logging.getLogger("vllm.jdlora")
 
@@ -62,7 +63,7 @@ class RuntimeAdapters:
         self.names: AdapterNames = models.lora_requests
         self.running = running
         self.copies = AdapterCopies(Path(options.arrivals))
-        self.collection = Collection.open(options.collection, verify=False)
+        self.collection = open_once(options.collection)
         self.loaded: dict[str, Loaded] = {}
         self.changing = asyncio.Lock()
         self.max_error = options.max_error

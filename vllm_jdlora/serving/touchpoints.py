@@ -71,9 +71,19 @@ REGISTER: tuple[Touchpoint, ...] = (
         "EngineArgs.create_engine_config",
         "wrap",
         "sets LoRA sizes, worker and scheduler; the one place that serve and offline LLM(...) share. Its usage_context "
-        "tells an API server from others",
+        "tells an API server from others, headless and the process's rank one that only starts engines or servers",
+        ("self", "usage_context", "headless"),
+        "frontend",
+        ("_api_process_count", "_api_process_rank"),
+    ),
+    Touchpoint(
+        "vllm.config.lora",
+        "LoRAConfig.compute_hash",
+        "read",
+        "max_loras is in the compile key: it is set to the most requests of a batch, whatever the collection's size",
         ("self",),
         "frontend",
+        ("max_loras",),
     ),
     Touchpoint(
         "vllm.config",
