@@ -1,5 +1,6 @@
-"""What the server tests share: the base model, a collection of real adapters, and one running server of each kind."""
+"""What the tests of serving share: log lines, the base model, a collection of real adapters, and running servers."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,27 @@ SERVER_ARGS = [
 
 def adapter_folder(name: str) -> Path:
     return DEMO / "adapters" / name
+
+
+@pytest.fixture
+def logged():
+    """Messages of the package's logger."""
+
+    class Messages(logging.Handler):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def emit(self, record):
+            self.seen.append(record.getMessage())
+
+    handler, logger = Messages(), logging.getLogger("vllm.jdlora")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.seen
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

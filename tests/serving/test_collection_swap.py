@@ -43,6 +43,10 @@ def swap(server):
     return CollectionSwap(server.runtime)
 
 
+def events(logged, name):
+    return [line for line in logged if line.startswith(f"jdlora event={name} ")]
+
+
 def folder_of(server):
     return server.runtime.collection.path
 
@@ -53,21 +57,24 @@ def add_in_place(server, *folders):
 
 
 @run
-async def test_the_same_revision_changes_nothing(server, swap):
+async def test_the_same_revision_changes_nothing(server, swap, logged):
     before = dict(server.names)
     done = await swap.load()
+    assert " result=unchanged " in events(logged, "reload")[0]
     assert (done.added, done.removed, done.changed) == (0, 0, 0)
     assert dict(server.names) == before and not server.engine.calls
 
 
 @run
-async def test_adapters_added_on_disk_are_served_after_a_reload(server, swap, made):
+async def test_adapters_added_on_disk_are_served_after_a_reload(server, swap, made, logged):
     before = dict(server.names)
     assert "odd" in before and AdapterPath.parse(before["odd"].lora_path) is None
     new = add_in_place(server, ("new", made["near"]), ("f0m0", made["other"]))
     done = await swap.load()
     assert (done.revision, done.added, done.removed, done.changed) == (new.manifest.revision, 1, 0, 1)
     assert done.same_bases and done.paused_seconds == 0
+    told = f"result=served revision={done.revision} bases=kept added=1 changed=1 removed=0 paused_seconds=0"
+    assert [told in line for line in events(logged, "reload")] == [True]
     assert server.engine.calls == [(LOAD_RPC, str(new.path), new.manifest.revision)]
     for name in ("new", "f0m0", "f0m1"):
         assert await server.ask(name) == content_of(new, name)
@@ -205,7 +212,7 @@ async def test_requests_that_do_not_end_stop_a_reload_and_not_the_server(server,
 
 
 @run
-async def test_a_damaged_collection_is_not_served(server, swap, made, tmp_path):
+async def test_a_damaged_collection_is_not_served(server, swap, made, logged, tmp_path):
     damaged = shutil.copytree(made["root"] / "rebuilt", tmp_path / "damaged")
     content = bytearray((damaged / "scalings-00000.safetensors").read_bytes())
     content[-1] ^= 1
@@ -213,6 +220,7 @@ async def test_a_damaged_collection_is_not_served(server, swap, made, tmp_path):
     with pytest.raises(JDLoRAError, match="was changed"):
         await swap.load(str(damaged))
     assert not server.engine.calls
+    assert [f"path={damaged} result=refused " in line for line in events(logged, "reload")] == [True]
 
 
 @run

@@ -1,34 +1,11 @@
-"""Log lines for operators: one event a line, logfmt, and never one for each step."""
-
-import logging
-
-import pytest
+"""Log logged for operators: one event a line, logfmt, and never one for each step."""
 
 from vllm_jdlora.serving.event_log import SummedEvents, event, logfmt
 
 
-@pytest.fixture
-def lines():
-    class Lines(logging.Handler):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-
-        def emit(self, record):
-            self.seen.append(record.getMessage())
-
-    handler, logger = Lines(), logging.getLogger("vllm.jdlora")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler.seen
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
-def test_an_event_is_one_line_whatever_its_values_hold(lines):
+def test_an_event_is_one_line_whatever_its_values_hold(logged):
     event("adapter_load", name='a b="c"\nevent=forged', seconds=0.123456, path="/models/x-1.0", cluster=None, size=3)
-    assert lines == [
+    assert logged == [
         r'jdlora event=adapter_load name="a b=\"c\"\nevent=forged" seconds=0.1235 path=/models/x-1.0 size=3'
     ]
 
@@ -37,13 +14,13 @@ def test_values_that_could_be_read_as_something_else_are_quoted():
     assert logfmt({"a": "", "b": "ü", "c": "x=y"}) == r'a="" b="\u00fc" c="x=y"'
 
 
-def test_events_of_every_step_are_summed_up(lines):
+def test_events_of_every_step_are_summed_up(logged):
     clock = iter((100.0, 101.0, 105.0, 110.5, 111.0))
     swaps = SummedEvents("swaps", every_seconds=10, clock=clock.__next__)
     for _ in range(5):
         swaps.add({"sigma_swaps": 2, "base_swaps": 0}, engine=0)
     swaps.add({"sigma_swaps": 0})
-    assert lines == [
+    assert logged == [
         "jdlora event=swaps engine=0 sigma_swaps=2 base_swaps=0",
         "jdlora event=swaps engine=0 sigma_swaps=6 base_swaps=0 seconds=10.5",
     ]

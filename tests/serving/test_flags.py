@@ -1,5 +1,6 @@
 """The flags of `vllm serve`: what they turn into, and which combinations are refused with a reason."""
 
+import math
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from vllm_jdlora.serving.adapter_names import enter_collection
 from vllm_jdlora.serving.engine_settings import SCHEDULER, WORKER, apply_to_engine_args
 from vllm_jdlora.serving.flags import apply_flags
 from vllm_jdlora.serving.http_routes import AdapterRoutes
-from vllm_jdlora.serving.options import CONFIG_KEY, AdapterPath, ServingOptions, buffer_rank
+from vllm_jdlora.serving.options import AGE_CAP, CONFIG_KEY, AdapterPath, ServingOptions, buffer_rank
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_without_the_flag_nothing_changes(parser, files):
     assert args.lora_modules is None and not args.additional_config
 
 
-def test_a_collection_becomes_engine_settings_and_routes_of_the_api_server(parser, files):
+def test_a_collection_becomes_engine_settings_and_routes_of_the_api_server(parser, files, logged):
     flags = ("--lora-compression=jd", f"--lora-collection={files['collection']}", "--jd-base-slots=1")
     args = parse(parser, files, *flags, "--middleware=my.Middleware")
     revision = Collection.open(files["collection"]).manifest.revision
@@ -73,6 +74,10 @@ def test_a_collection_becomes_engine_settings_and_routes_of_the_api_server(parse
     options = ServingOptions.from_additional_config(engine.additional_config)
     assert (options.revision, options.scaling_slots, options.plain_slots) == (revision, 3, 1)
     assert (options.base_slots, options.arrivals) == (1, "")
+    told = f"revision={revision} method=full rank=8 clusters=1 quantize=none adapters=3 plain=0"
+    assert [line for line in logged if "event=collection" in line] == [
+        f"jdlora event=collection path={files['collection']} {told}"
+    ]
 
 
 def test_with_runtime_updates_a_server_has_a_folder_for_arrivals_of_its_own(parser, files, monkeypatch, tmp_path):
@@ -101,6 +106,20 @@ def test_a_folder_for_arrivals_is_free_again_and_gone_when_its_server_has_ended(
         claimed = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
         assert Path(claimed.stdout.strip()) == tmp_path / "vllm-jdlora" / "arrivals" / "0"
         assert sorted(p.name for p in (tmp_path / "vllm-jdlora" / "arrivals").iterdir()) == ["0.lock", "1.lock"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "age_cap", "cluster_order"),
+    [
+        ([], AGE_CAP, True),
+        (["--jd-age-cap=0.5", "--jd-cluster-order=off"], 0.5, False),
+        (["--jd-age-cap=inf", "--jd-cluster-order=auto"], math.inf, True),
+    ],
+)
+def test_who_waits_for_scarce_slots_can_be_chosen(parser, files, flags, age_cap, cluster_order):
+    args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}", *flags)
+    options = ServingOptions.from_additional_config(engine_args(args).additional_config)
+    assert (options.age_cap, options.cluster_order) == (age_cap, cluster_order)
 
 
 def test_settings_may_be_applied_twice(parser, files):
@@ -183,7 +202,17 @@ def test_the_model_is_compiled_as_without_lora(parser, files, eager):
     assert modes[0] == modes[1]
 
 
-@pytest.mark.parametrize("flags", [["--jd-scaling-slots=0"], ["--jd-max-error=1.5"], ["--lora-compression=svd"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--jd-scaling-slots=0"],
+        ["--jd-max-error=1.5"],
+        ["--lora-compression=svd"],
+        ["--jd-age-cap=-1"],
+        ["--jd-age-cap=nan"],
+        ["--jd-cluster-order=on"],
+    ],
+)
 def test_values_out_of_range_are_usage_errors(parser, files, flags):
     with pytest.raises(SystemExit):
         parser.parse_args(["--model", str(files["model"]), *flags])
@@ -197,6 +226,10 @@ def test_values_out_of_range_are_usage_errors(parser, files, flags):
         ({"collection": "x", "slots": 3}, "does not know slots"),
         ({"collection": "x", "scaling_slots": 0}, "at least 1"),
         ({"collection": "x", "max_error": 2}, "between 0 and 1"),
+        ({"collection": "x", "age_cap": -1}, "seconds from 0"),
+        ({"collection": "x", "age_cap": math.nan}, "seconds from 0"),
+        ({"collection": "x", "age_cap": "2"}, "seconds from 0"),
+        ({"collection": "x", "cluster_order": "off"}, "true or false"),
         ("x", "must be a dictionary"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -18,11 +17,10 @@ from vllm_jdlora.collection.schema import AdapterEntry, PlainEntry
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.adapter_copies import AdapterCopies
 from vllm_jdlora.serving.collection_revisions import KEPT
+from vllm_jdlora.serving.event_log import event
 from vllm_jdlora.serving.options import PATH_SCHEME, AdapterPath, absolute, adapter_paths
 from vllm_jdlora.serving.placement import check_plain, error_limit
 from vllm_jdlora.serving.runtime_adapters import Loaded, RuntimeAdapters
-
-logger = logging.getLogger("vllm.jdlora")
 
 DRAIN_SECONDS = 300.0
 """How long requests of compressed adapters may take to end before other bases are loaded."""
@@ -82,6 +80,21 @@ class CollectionSwap:
             JDLoRAError: it cannot be served in this server, or requests under way took too long. The old revision is
                 served then as before.
         """
+        started, before = time.monotonic(), self._runtime.collection
+        told = {"path": path or before.path}
+        try:
+            done = await self._load(path, drain_seconds)
+        except JDLoRAError:
+            event("reload", **told, result="refused", seconds=time.monotonic() - started)
+            raise
+        result = "unchanged" if done.revision == before.manifest.revision else "served"
+        counts = {name: getattr(done, name) for name in ("added", "changed", "removed", "paused_seconds")}
+        bases = "kept" if done.same_bases else "replaced"
+        told |= {"result": result, "revision": done.revision, "bases": bases}
+        event("reload", **told, **counts, seconds=time.monotonic() - started)
+        return done
+
+    async def _load(self, path: str | None, drain_seconds: float) -> Swapped:
         runtime = self._runtime
         async with runtime.changing:
             old = runtime.collection
@@ -103,13 +116,7 @@ class CollectionSwap:
                     f"{new.path}: cannot be served in this server ({error}); revision {old.manifest.revision} goes on"
                 ) from error
             paused = 0.0 if same else time.monotonic() - started
-        done = Swapped(new.manifest.revision, plan.added, plan.removed, plan.changed, same, round(paused, 3))
-        logger.info(
-            "Revision %s of %s is served: %d adapters added, %d changed, %d removed%s",
-            *(done.revision, new.path, done.added, done.changed, done.removed),
-            "" if same else f"; requests of compressed adapters waited {done.paused_seconds:.2f} s for other bases",
-        )
-        return done
+        return Swapped(new.manifest.revision, plan.added, plan.removed, plan.changed, same, round(paused, 3))
 
     # --- in a thread ----------------------------------------------------------------------------------------------
 

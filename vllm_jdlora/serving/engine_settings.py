@@ -13,6 +13,7 @@ from vllm_jdlora.adapter import Adapter, file_digest, read_adapter
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import touchpoints
+from vllm_jdlora.serving.event_log import event
 from vllm_jdlora.serving.options import (
     ServingOptions,
     absolute,
@@ -53,6 +54,7 @@ def apply_to_engine_args(engine_args: Any, *, names_follow: bool = False) -> Non
         return
     touchpoints.check("frontend")
     _refuse_conflicts(engine_args)
+    first_time = options.plain_slots is None
     collection = _opened(engine_args, options, names_follow)
     manifest = collection.manifest
     _refuse_errors_above_limit(collection, options.max_error)
@@ -62,6 +64,8 @@ def apply_to_engine_args(engine_args: Any, *, names_follow: bool = False) -> Non
     rank = buffer_rank(max([manifest.rank, engine_args.max_lora_rank, *(p.rank for p in manifest.plain)]))
     numbers = rank if manifest.method == "diag" else rank**2
     scaling_bytes = len(manifest.slices) * numbers * torch.finfo(torch.float32).bits // 8
+    if first_time:
+        _log(collection)
     options = dataclasses.replace(
         options,
         collection=absolute(options.collection),
@@ -113,6 +117,18 @@ def _opened(engine_args: Any, options: ServingOptions, names_follow: bool) -> Co
         return Collection.open(path, verify=True)
     check_meanwhile(path)
     return open_once(path)
+
+
+def _log(collection: Collection) -> None:
+    manifest = collection.manifest
+    fields = {name: getattr(manifest, name) for name in ("revision", "method", "rank", "clusters", "quantize")}
+    event(
+        "collection",
+        path=collection.path,
+        **fields,
+        adapters=len(manifest.adapters),
+        plain=len(manifest.plain),
+    )
 
 
 def _refuse_conflicts(engine_args: Any) -> None:

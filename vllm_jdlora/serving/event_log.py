@@ -2,8 +2,13 @@
 
 | event | when | keys |
 |---|---|---|
+| ``collection`` | a process has opened the collection that it will serve | ``path revision method rank clusters \
+quantize adapters plain`` |
 | ``serving`` | an API server is ready | ``collection revision scaling_slots plain_slots base_slots`` |
 | ``adapter_load`` | an adapter came at run time | ``name result seconds relative_error`` |
+| ``adapter_unload`` | the name of an adapter was taken back | ``name`` |
+| ``reload`` | a call to reload the collection has ended | ``path result revision added changed removed bases \
+paused_seconds seconds`` |
 | ``revision`` | the engine serves another revision of the collection | ``engine old new`` |
 | ``swaps`` | weights moved to the device since the last such line, every ten seconds at most | ``engine sigma_swaps \
 sigma_bytes base_swaps base_bytes load_seconds seconds`` |

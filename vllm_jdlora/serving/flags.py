@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving.options import CONFIG_KEY, ServingOptions, absolute
+from vllm_jdlora.serving.options import AGE_CAP, CONFIG_KEY, ServingOptions, absolute
 
 MIDDLEWARE = "vllm_jdlora.serving.http_routes.AdapterRoutes"
 """For vLLM's ``--middleware``; by name, because what it imports is heavy."""
@@ -19,6 +19,8 @@ _DEPENDENT = (
     "jd_base_slots",
     "jd_max_error",
     "jd_base_bits",
+    "jd_age_cap",
+    "jd_cluster_order",
     "jd_adapter_dir",
 )
 
@@ -86,6 +88,23 @@ def add_flags(parser: Any) -> Any:
         "int8 or fp8 as they are stored, beside uncompressed adapters in 16. Default: 16.",
     )
     group.add_argument(
+        "--jd-age-cap",
+        type=_seconds,
+        metavar="SECONDS",
+        default=None,
+        help="Where there are fewer slots than requests ask for: one that has waited longer gets the next slot that "
+        "comes free, and one is drained for it by holding back younger requests of its adapter or cluster. inf: never. "
+        f"Default: {AGE_CAP:g}.",
+    )
+    group.add_argument(
+        "--jd-cluster-order",
+        choices=["auto", "off"],
+        default=None,
+        help="auto: where more clusters are asked for than --jd-base-slots holds, requests go first whose cluster's "
+        "bases are on the device, then those of the cluster that is waited for most; --jd-age-cap keeps the others "
+        "from being passed for ever. off: by arrival, however often bases are swapped. Default: auto.",
+    )
+    group.add_argument(
         "--jd-adapter-dir",
         metavar="DIR",
         default=None,
@@ -140,6 +159,8 @@ def apply_flags(args: argparse.Namespace) -> None:
         base_bits=args.jd_base_bits or 16,
         base_slots=args.jd_base_slots,
         arrivals=arrivals,
+        age_cap=AGE_CAP if args.jd_age_cap is None else args.jd_age_cap,
+        cluster_order=args.jd_cluster_order != "off",
     )
     args.additional_config = options.put_into(args.additional_config)
     args._jdlora_applied = True
@@ -208,6 +229,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError("is a number of seconds from 0")
     return value
 
 

@@ -48,7 +48,8 @@ class ServingOptions:
         arrivals: absolute folder of adapters that came while the server ran, see :mod:`.arrivals`; empty until
             resolved.
         age_cap: seconds after which a request that waits for a slot gets the next one, see :mod:`.admission`.
-        cluster_order: where base slots are scarce, requests whose cluster's bases are on the device go first.
+        cluster_order: where base slots are scarce, requests whose cluster's bases are on the device go first, see
+            :mod:`.cluster_order`.
     """
 
     collection: str
@@ -73,8 +74,10 @@ class ServingOptions:
             raise JDLoRAError(f"max_error is a relative error between 0 and 1, not {self.max_error!r}")
         if self.base_bits not in (8, 16):
             raise JDLoRAError(f"base_bits is 8 or 16, not {self.base_bits!r}")
-        if not float(self.age_cap) >= 0:
+        if not isinstance(self.age_cap, (int, float)) or isinstance(self.age_cap, bool) or not self.age_cap >= 0:
             raise JDLoRAError(f"age_cap is a number of seconds from 0, not {self.age_cap!r}")
+        if not isinstance(self.cluster_order, bool):
+            raise JDLoRAError(f"cluster_order is true or false, not {self.cluster_order!r}")
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> ServingOptions | None:

@@ -25,6 +25,7 @@ from vllm_jdlora.peft_config import CONFIG_FILE
 from vllm_jdlora.serving.adapter_copies import AdapterCopies
 from vllm_jdlora.serving.adapter_metrics import observe_load
 from vllm_jdlora.serving.adapter_names import AdapterNames
+from vllm_jdlora.serving.event_log import event
 from vllm_jdlora.serving.options import AdapterPath, ServingOptions
 from vllm_jdlora.serving.placement import Placement, check_plain, error_limit, place
 from vllm_jdlora.serving.running_requests import RunningRequests
@@ -100,7 +101,7 @@ class RuntimeAdapters:
             name = request.lora_name
             self.drop(name, self.names[name])
             del self.names[name]
-        logger.info("Removed LoRA adapter %r", name)
+        event("adapter_unload", name=name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     async def resolve(self, name: str) -> LoRARequest | ErrorResponse:
