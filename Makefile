@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export PYTHON
 
-.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-scale bench-cpu-grouped bench-scheduler figure1 loadtest gpu-check clean
+.PHONY: help setup demo serve test test-fast lint bench profile bench-compress bench-mapping bench-scale bench-cpu-grouped bench-scheduler figure1 soak loadtest gpu-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -58,6 +58,9 @@ bench-scale: setup  ## does a server cost more when it knows 100,000 adapters an
 
 figure1: setup  ## the paper's Figure 1 on real servers: hours, goes on where it was stopped (FIGURE1=flags, as --short)
 	$(BIN)/python loadtests/figure1.py $(FIGURE1)
+
+soak: setup  ## half an hour of everything at once on a real server, 2,000 adapters: right, flat, counted (SOAK=flags)
+	$(BIN)/python loadtests/soak.py --plot $(SOAK)
 
 loadtest: setup  ## Locust over the adapters of a running server, web page on port 8089 (LOADTEST=flags, as --host URL)
 	$(BIN)/locust -f loadtests/locustfile.py $(LOADTEST)

@@ -37,6 +37,7 @@ class Timing:
         detail: what the server or the transport said of the error, at most 300 characters.
         left: the client closed the connection on purpose, after as many pieces or at the time that it was told.
         text: the answer, if it was asked to be kept.
+        tokens, logprobs: of the answer, where the request asked for logprobs.
     """
 
     model: str
@@ -49,6 +50,8 @@ class Timing:
     detail: str = ""
     left: bool = False
     text: str = ""
+    tokens: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
     @property
     def ttft(self) -> float | None:
@@ -81,7 +84,7 @@ class Timing:
             "seconds": round(self.seconds, 6),
             "pieces": [round(piece, 6) for piece in self.pieces],
         }
-        optional = ("error", "detail", "left", "text")
+        optional = ("error", "detail", "left", "text", "tokens", "logprobs")
         return {key: value for key, value in record.items() if value or key not in optional}
 
 
@@ -117,6 +120,8 @@ class AnswerReader:
     keep_text: bool = False
     pieces: list[float] = field(default_factory=list)
     _texts: list[str] = field(default_factory=list)
+    _tokens: list[str] = field(default_factory=list)
+    _logprobs: list[float] = field(default_factory=list)
     _prompt_tokens: int = 0
     _output_tokens: int | None = None
     _closed: bool = False
@@ -141,13 +146,25 @@ class AnswerReader:
                 return
             if event.get("choices"):
                 self.pieces.append(now - self.started)
+                choice = event["choices"][0]
+                if found := choice.get("logprobs"):
+                    self._keep_logprobs(found)
                 if self.keep_text:
-                    choice = event["choices"][0]
                     self._texts.append(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
             if usage := event.get("usage"):
                 self._prompt_tokens, self._output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         except (ValueError, TypeError, KeyError, AttributeError) as problem:
             self.fail("malformed", f"{type(problem).__name__} in {data[:200]!r}")
+
+    def _keep_logprobs(self, found: Mapping[str, Any]) -> None:
+        """As completions have them, or chats."""
+        pieces = found.get("content")
+        if pieces is None:
+            self._tokens += found["tokens"]
+            self._logprobs += found["token_logprobs"]
+        else:
+            self._tokens += [piece["token"] for piece in pieces]
+            self._logprobs += [piece["logprob"] for piece in pieces]
 
     def fail(self, kind: str, detail: str = "") -> None:
         """The first error is the one that counts."""
@@ -171,6 +188,8 @@ class AnswerReader:
             detail=detail,
             left=left,
             text="".join(self._texts),
+            tokens=tuple(self._tokens),
+            logprobs=tuple(self._logprobs),
         )
 
 

@@ -12,7 +12,7 @@ import os
 import random
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -23,6 +23,7 @@ from tests import reference
 from tests.serving import churn_adapters as adapters
 from tests.serving.churn_adapters import Content
 from tests.serving.conftest import SERVER_ARGS
+from tests.serving.name_history import History, Spell
 
 pytestmark = pytest.mark.server
 
@@ -37,35 +38,6 @@ PROMPTS = [
     "Once upon a time there was a little girl who lived in the woods with her old grandmother, and one day she went",
     "The capital of France is Paris, the capital of Italy is Rome, the capital of Spain is Madrid, and that of Greece",
 ]
-
-
-@dataclass
-class Spell:
-    """A time in which a name may have had a content (None: in which it may have been unknown)."""
-
-    content: Content | None
-    since: float
-    until: float = float("inf")
-
-
-@dataclass
-class History:
-    """What each name meant when, as far as a client can tell."""
-
-    spells: dict[str, list[Spell]] = field(default_factory=dict)
-
-    def now(self) -> dict[str, Content]:
-        return {name: s[-1].content for name, s in self.spells.items() if s[-1].content is not None}
-
-    def change(self, name: str, content: Content | None, called: float, answered: float) -> None:
-        spells = self.spells.setdefault(name, [Spell(None, 0.0)])
-        if spells[-1].content == content:
-            return
-        spells[-1].until = answered
-        spells.append(Spell(content, called))
-
-    def possible(self, name: str, sent: float, answered: float) -> list[Content | None]:
-        return [s.content for s in self.spells[name] if s.since <= answered and s.until >= sent]
 
 
 @dataclass
