@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -40,12 +41,23 @@ GROUP = 16
 _ROWS_BYTES = 8 * GROUP
 
 
-@lru_cache
-def compiled(form: Form, rank: int) -> Callable[[int, int, int, int, int, int, int], None]:
-    """The compiled call: parameters' address, x and its stride (in numbers), y and its stride, plan, threads.
+Call = Callable[[int, int, int, int, int, int, int], None]
+"""With the parameters' address, x and its stride (in numbers), y and its stride, plan, threads."""
 
-    rank: R, a multiple of 8. Compiling takes about two seconds.
+
+@lru_cache
+def compiling(form: Form, rank: int) -> Future[Call]:
+    """The compiled kernel, some seconds from now; rank: R, a multiple of 8.
+
+    A thread compiles: LLVM runs beside the interpreter, so that a server that starts goes on with its other work.
     """
+    executor = ThreadPoolExecutor(1, "compile-kernel", cpu_threads.leave_core)
+    found = executor.submit(_compiled, form, rank)
+    executor.shutdown(wait=False)
+    return found
+
+
+def _compiled(form: Form, rank: int) -> Call:
     few = form.lanes if rank % form.lanes == 0 else 8  # rows of Σ that are taken at once
     depth = rank // 2 if form.pairs else rank
     carray, int64, float32 = numba.carray, np.int64, np.float32

@@ -145,7 +145,8 @@ class PackedLinear:
         )
         self._fill_in()
         self._data = self._parameters.ctypes.data
-        self._run = cpu_body.compiled(form, rank)
+        self._compiling = cpu_body.compiling(form, rank)
+        self._run: cpu_body.Call | None = None
         self._take_scratch(cpu_threads.count())
 
     def write(self, cluster: int, u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
@@ -168,7 +169,10 @@ class PackedLinear:
         threads = groups.threads
         if threads > self._threads:
             self._take_scratch(threads)
-        self._run(self._data, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
+        run = self._run
+        if run is None:
+            run = self._run = self._compiling.result()
+        run(self._data, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
 
     def _take_scratch(self, threads: int) -> None:
         self._parameters[cpu_body.SCRATCH] = _scratch(self._scratch_bytes * threads)

@@ -7,14 +7,16 @@ that torch has made (and vLLM has bound to cores), through the entry point that 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_MAPS = Path("/proc/self/maps")
+_MAPS, _TASKS = Path("/proc/self/maps"), Path("/proc/self/task")
 _RUNTIME = re.compile(r"\s(/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
 _ON_ALL = (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
@@ -34,6 +36,20 @@ def on_all() -> Any:
     """A C function ``void(body, data, threads, 0)``: each thread runs ``body``, a ``void(void *)``, with ``data``."""
     runtime = _runtime()
     return _alone if runtime is None else runtime.GOMP_parallel
+
+
+def leave_core() -> None:
+    """Let the calling thread run on every core that a thread of this process may run on.
+
+    A new thread is bound to the core of the one that made it, which vLLM has bound to one.
+    """
+    if not _TASKS.exists():
+        return
+    cores: set[int] = set()
+    for task in _TASKS.iterdir():
+        with suppress(ProcessLookupError):  # ended meanwhile
+            cores |= os.sched_getaffinity(int(task.name))
+    os.sched_setaffinity(0, cores)
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,9 @@
 """The CPU kernel means what the fp32 loops of ``reference.py`` mean, whoever is in the batch, in each of its forms."""
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import llvmlite.binding
 import numpy as np
 import pytest
@@ -193,6 +197,21 @@ def test_an_overwritten_scaling_slot_and_basis_count_at_the_next_call():
     problem.v[1][2] *= 3
     problem.write(2)
     problem.check(of_slots(slots), slots)
+
+
+def test_a_thread_made_by_a_bound_one_may_leave_its_core():
+    everywhere = os.sched_getaffinity(0)
+    other = threading.Event()
+    waiting = threading.Thread(target=other.wait)
+    waiting.start()  # as OpenMP's threads: one of them is elsewhere
+    try:
+        os.sched_setaffinity(0, {min(everywhere)})
+        with ThreadPoolExecutor(1, initializer=cpu_threads.leave_core) as pool:
+            assert pool.submit(os.sched_getaffinity, 0).result() == everywhere
+    finally:
+        os.sched_setaffinity(0, everywhere)
+        other.set()
+        waiting.join()
 
 
 def test_torchs_own_threads_are_used():
