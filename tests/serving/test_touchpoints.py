@@ -10,7 +10,7 @@ import pytest
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving import touchpoint_sources, touchpoints
 from vllm_jdlora.serving.touchpoint_sources import check_sources
-from vllm_jdlora.serving.touchpoints import Touchpoint
+from vllm_jdlora.serving.touchpoints import Touchpoint, startup_check
 
 INSTALLED = Path(importlib.util.find_spec("vllm").origin).parents[1]
 OTHERS = [Path(folder) for folder in os.environ.get("JDLORA_VLLM_SOURCES", "").split(os.pathsep) if folder]
@@ -38,13 +38,13 @@ def test_every_name_says_why_it_is_needed():
 )
 def test_a_vllm_that_differs_is_refused_by_name(monkeypatch, change, told):
     point = next(p for p in touchpoints.REGISTER if p.name == "EngineArgs.from_cli_args")
-    monkeypatch.setattr(touchpoints, "REGISTER", (dataclasses.replace(point, **change),))
+    monkeypatch.setattr(startup_check, "REGISTER", (dataclasses.replace(point, **change),))
     with pytest.raises(JDLoRAError, match=told):
         touchpoints.check("frontend")
 
 
 def test_an_unverified_version_is_refused_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(touchpoints.metadata, "version", lambda name: "0.41.0")
+    monkeypatch.setattr(startup_check.metadata, "version", lambda name: "0.41.0")
     with pytest.raises(JDLoRAError, match=r"0\.41\.0 has not been verified"):
         touchpoints.check("frontend")
     monkeypatch.setenv(touchpoints.ALLOW_UNVERIFIED, "1")
