@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 
 import pytest
@@ -132,6 +133,49 @@ def planned_after(capsys, collection) -> dict:
     """Device bytes of a collection, whatever was printed before."""
     capsys.readouterr()
     return planned(capsys, collection)["choices"][0]["bytes"]["device"]
+
+
+def test_slots_that_a_server_is_given_bound_what_is_on_the_device(adapters, tmp_path, capsys):
+    assert main(["compress", str(adapters), "-o", str(tmp_path / "c"), "--rank", "4", "--clusters", "3"]) == 0
+    everything = planned_after(capsys, tmp_path / "c")
+    flags = ("--jd-base-slots", "2", "--jd-scaling-slots", "4", "--device-memory", "1GiB", "--adapters-expected", "600")
+    row = planned(capsys, tmp_path / "c", *flags)["choices"][0]
+    device = row["bytes"]["device"]
+    assert device["bases"] == everything["bases"] * 2 // 3
+    assert device["total"] == device["bases"] + device["plain_slots"] + 5 * device["each_adapter"]
+    assert row["expected"]["device"] == device["total"], "the rest is brought when it is asked for"
+    assert row["fit"]["on_these_bases"] is row["fit"]["at_this_error"] is None
+    assert main(["plan", str(tmp_path / "c"), *flags]) == 0
+    assert re.search(r"\bany +any\b", capsys.readouterr().out)
+    few = planned(capsys, tmp_path / "c", "--jd-scaling-slots", "4", "--device-memory", str(device["total"]))
+    assert few["choices"][0]["fit"]["at_this_error"] == 4, "two clusters of three have two adapters each"
+    more = planned(capsys, tmp_path / "c", "--jd-base-slots", "7")["choices"][0]["bytes"]["device"]
+    assert more == everything, "no more base slots than clusters"
+
+
+def test_a_rank_of_tensor_parallelism_has_its_share_of_each_module(tmp_path, capsys):
+    model = tiny_models.write_model(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text())
+    heads, keys, hidden, inner = (
+        config[name] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    )
+    head, layers = config["head_dim"], config["num_hidden_layers"]
+    described = ("--base-model", model, "--adapters-expected", "9", "--adapter-rank", "8")
+    every = (*described, "--target-modules", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
+    for ranks in (1, 2, 4):
+        facts = planned(capsys, *every, "--tensor-parallel-size", ranks)
+        q, k, mlp = heads * head // ranks, max(1, keys // ranks) * head, inner // ranks
+        numbers = 3 * hidden + q + 2 * k + q + hidden + 2 * (hidden + mlp) + mlp + hidden
+        row = next(row for row in facts["choices"] if (row["rank"], row["clusters"]) == (8, 1))
+        assert row["bytes"]["device"]["bases"] == 2 * 16 * layers * numbers
+        assert row["bytes"]["device"]["each_adapter"] == 2 * 7 * layers * 16**2
+    assert main(["plan", *map(str, every), "--tensor-parallel-size", "3"]) == 2
+    assert "cannot be divided by 3" in one_error_line(capsys)
+
+
+def test_what_is_divided_among_ranks_must_be_known(adapters, capsys):
+    assert main(["plan", str(adapters), "--tensor-parallel-size", "2"]) == 2
+    assert "--tensor-parallel-size needs --base-model" in one_error_line(capsys)
 
 
 def test_adapters_that_are_only_described_are_planned_for_from_the_models_config(tmp_path, capsys):

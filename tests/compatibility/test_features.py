@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,4 +205,26 @@ def test_the_plan_counts_the_bytes_that_the_worker_allocates(served, files, caps
     assert (planned["bases"], planned["plain_slots"]) == (allocated["bases"], allocated["plain_slots"])
     assert planned["each_adapter"] * allocated["slots"] == allocated["scalings"]
     assert allocated["slots"] == len(NAMES) + 1  # and the identity
+    assert planned["total"] == sum(allocated[part] for part in ("bases", "plain_slots", "scalings"))
+
+
+def test_the_plan_counts_scarce_slots_and_one_rank_of_tensor_parallelism(files, tmp_path, capsys):
+    model = Path(files["model"])
+    folders = [tiny_models.write_adapter(tmp_path / name, model, seed) for seed, name in enumerate(NAMES)]
+    adapters = [read_adapter(folder) for folder in folders]
+    collection = str(compress(adapters, tmp_path / "collection", rank=8, clusters=2, dtype="fp32").path)
+    options = {
+        "tensor_parallel_size": 2,
+        "additional_config": {"jdlora": {"collection": collection, "base_slots": 1, "scaling_slots": 2}},
+    }
+    job = {"kind": "greedy_and_bytes", "prompts": [PROMPT], "who": [FIRST], "tokens": 2, "options": options}
+    # Two workers on a machine of two cores: one thread each, wherever there is room.
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    (result,) = engines.run(files | job | {"collection": collection}, env=env)
+    flags = ["--device=cpu", "--dtype=fp32", "--tensor-parallel-size=2", "--jd-base-slots=1", "--jd-scaling-slots=2"]
+    capsys.readouterr()
+    assert main(["plan", collection, "--base-model", files["model"], *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["choices"][0]["bytes"]["device"]
+    allocated = engines.answered(result)["bytes"]
+    assert (planned["bases"], planned["plain_slots"]) == (allocated["bases"], allocated["plain_slots"])
     assert planned["total"] == sum(allocated[part] for part in ("bases", "plain_slots", "scalings"))

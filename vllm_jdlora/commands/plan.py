@@ -54,6 +54,11 @@ def add_to(commands: Any) -> None:
         "--max-lora-rank", type=positive, default=16, metavar="R", help="least rank of buffers (default: 16, as vLLM's)"
     )
     server.add_argument("--jd-base-bits", type=int, choices=(8, 16), default=16, help="of the bases (default: 16)")
+    server.add_argument("--jd-base-slots", type=positive, metavar="N", help="resident clusters (default: all)")
+    server.add_argument("--jd-scaling-slots", type=positive, metavar="N", help="resident Σ (default: all)")
+    server.add_argument(
+        "--tensor-parallel-size", type=positive, default=1, metavar="N", help="bytes are then of one rank's device"
+    )
     plan_traffic.add_argument(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="device memory over adapters, as SVG or PNG")
     parser.add_argument("--json", action="store_true", help="as JSON on stdout")

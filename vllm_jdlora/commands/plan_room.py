@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.budget import Sizes
 from vllm_jdlora.serving.device_bytes import DeviceBytes, wrapped_modules
+
+_ANY = 1 << 40
+"""More adapters than anybody has."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Room:
             }
         if self.memory is not None:
             row["fit"] = {
-                "at_this_error": self._fit(clusters, rank),
-                "on_these_bases": max(0, self.memory - device.total(clusters, rank, 0)) // device.scaling(rank),
+                "at_this_error": self._most(lambda adapters: self.device_for(adapters, clusters, rank)),
+                "on_these_bases": self._most(lambda adapters: device.total(clusters, rank, adapters)),
                 "plain_slots": self.memory // self.plain_slot,
             }
         return row
@@ -82,14 +86,15 @@ class Room:
     def _grown(self, clusters: int, adapters: int) -> int:
         return math.ceil(clusters * adapters / self.sizes.n)
 
-    def _fit(self, clusters: int, rank: int) -> int:
-        """The most adapters that fit with as many in a cluster as now."""
+    def _most(self, bytes_of: Callable[[int], int]) -> int | None:
+        """The most adapters that fit; ``None`` where they take no more of the device however many there are."""
         assert self.memory is not None
-        low, high = 0, 1 + self.memory // self.device.scaling(rank)
+        low, high = 0, _ANY
+        if bytes_of(high) <= self.memory:
+            return None
         while low < high - 1:  # low fits (or is nothing), high does not
             middle = (low + high) // 2
-            fits = self.device_for(middle, clusters, rank) <= self.memory
-            low, high = (middle, high) if fits else (low, middle)
+            low, high = (middle, high) if bytes_of(middle) <= self.memory else (low, middle)
         return low
 
 
@@ -97,9 +102,17 @@ def room_of(
     args: argparse.Namespace, sizes: Sizes, shapes: Mapping[str, tuple[int, int]], adapter_rank: int
 ) -> tuple[Room, dict[str, Any]]:
     """Where things go, and what every plan says of it."""
-    from vllm_jdlora.commands.plan_model import linear_layers
+    from vllm_jdlora.commands.plan_model import key_heads, linear_layers
 
-    modules, unknown = wrapped_modules(shapes, linear_layers(args.base_model) if args.base_model else None)
+    ranks = args.tensor_parallel_size
+    if ranks > 1 and not args.base_model:
+        raise JDLoRAError("--tensor-parallel-size needs --base-model, whose heads are divided")
+    modules, unknown = wrapped_modules(
+        shapes,
+        linear_layers(args.base_model) if args.base_model else None,
+        ranks=ranks,
+        key_heads=key_heads(args.base_model) if ranks > 1 else 1,
+    )
     # Where a collection is wider than a GPU's adapters, they are served in 16 bits.
     wide = args.dtype == "fp32" and args.device == "cpu"
     device = DeviceBytes(
@@ -110,6 +123,8 @@ def room_of(
         base_bits=args.jd_base_bits,
         max_loras=args.max_loras,
         max_lora_rank=args.max_lora_rank,
+        base_slots=args.jd_base_slots,
+        scaling_slots=args.jd_scaling_slots,
     )
     room = Room(sizes, device, adapter_rank, args.device_memory, args.adapters_expected)
     return room, {
@@ -118,6 +133,9 @@ def room_of(
         "wrapped_modules": len(modules),
         "unknown_slices": unknown,
         "device": args.device,
+        "base_slots": args.jd_base_slots,
+        "scaling_slots": args.jd_scaling_slots,
+        "tensor_parallel_size": ranks,
         "device_memory": args.device_memory,
         "adapters_expected": args.adapters_expected,
     }

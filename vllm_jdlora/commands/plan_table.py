@@ -45,7 +45,8 @@ def print_plan(facts: dict[str, Any]) -> None:
         if expected is not None:
             cells.append(readable_bytes(row["expected"]["device"]))
         if memory is not None:
-            cells += [str(row["fit"]["at_this_error"]), str(row["fit"]["on_these_bases"])]
+            fit = (row["fit"][name] for name in ("at_this_error", "on_these_bases"))
+            cells += ["any" if most is None else str(most) for most in fit]
         table.add_row(*cells)
     console.print(table)
     _print_notes(facts, show)
@@ -63,11 +64,14 @@ def _print_notes(facts: dict[str, Any], show: Callable[[str], None]) -> None:
         show("errors: relative (not squared), of the values as stored")
     else:
         show("errors are predicted from adapters: give a sample of them for what each row loses")
+    ranks = facts["tensor_parallel_size"]
+    place = facts["device"] if ranks == 1 else f"each of {ranks} {facts['device']} devices"
     show(
-        f"on {facts['device']}: what a server allocates for all of them, with the slots of plain adapters; each also "
-        "takes on the host what its Σ takes on disk"
+        f"on {place}: what a server allocates for all of them, with the slots of plain adapters; each also takes on "
+        "the host what its Σ takes on disk"
     )
-    if any(row["bytes"]["device"]["each_adapter"] * facts["adapters"] > SCALING_BYTES for row in facts["choices"]):
+    most = max(row["bytes"]["device"]["each_adapter"] * facts["adapters"] for row in facts["choices"])
+    if facts["scaling_slots"] is None and most > SCALING_BYTES:
         show(f"more than {readable_bytes(SCALING_BYTES)} of Σ are resident only with --jd-scaling-slots")
     if facts["unknown_slices"]:
         show(

@@ -28,9 +28,16 @@ _OF_ONE_SIZE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", 
 _SCALE, _WIDE = 4, 4  # bytes of the scale of a direction in 8 bits, and of a number in fp32
 
 
+_KEYS = ("k_proj", "v_proj")
+_OUTPUTS_SPLIT = ("qkv_proj", "q_proj", *_KEYS, "gate_up_proj", "gate_proj", "up_proj")
+_INPUTS_SPLIT = ("o_proj", "down_proj")
+"""Modules whose outputs, or inputs, the ranks of tensor parallelism divide among themselves."""
+
+
 @dataclass(frozen=True)
 class WrappedModule:
-    """A linear layer with LoRA as vLLM makes it: one input, the outputs of its slices."""
+    """A linear layer with LoRA as vLLM makes it: one input, the outputs of its slices. Of one rank where there are
+    several."""
 
     d_in: int
     widths: tuple[int, ...]
@@ -42,7 +49,11 @@ class WrappedModule:
 
 
 def wrapped_modules(
-    targets: Mapping[str, tuple[int, int]], model: Mapping[str, tuple[int, int]] | None = None
+    targets: Mapping[str, tuple[int, int]],
+    model: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    ranks: int = 1,
+    key_heads: int = 1,
 ) -> tuple[list[WrappedModule], list[str]]:
     """The modules that vLLM wraps for these targets, with slices that no adapter changes but that buffers have.
 
@@ -50,9 +61,14 @@ def wrapped_modules(
         targets: name → (d_out, d_in) of each slice that adapters change.
         model: the same of every linear layer of the model. Without it a slice beside the targets is taken to have
             the size of its twin (k of v, gate of up), and only layers with targets are counted.
+        ranks: of tensor parallelism; the modules are those of one of them.
+        key_heads: of the model's attention; looked at where there are several ranks.
 
     Returns:
         The modules, and names of slices whose size could not be told, which are left out.
+
+    Raises:
+        JDLoRAError: the model cannot be divided among so many ranks, or how a module is divided is not known here.
     """
     shapes = dict(model or {}) | dict(targets)
     suffixes = {name.rpartition(".")[2] for name in targets}
@@ -66,23 +82,50 @@ def wrapped_modules(
             continue
         found = [shapes.get(f"{parent}.{part}") or shapes.get(f"{parent}.{_OF_ONE_SIZE.get(part)}") for part in parts]
         unknown += [f"{parent}.{part}" for part, shape in zip(parts, found, strict=True) if shape is None]
-        known = [shape for shape in found if shape is not None]
-        modules[key] = WrappedModule(known[0][1], tuple(d_out for d_out, _ in known))
+        known = {part: shape for part, shape in zip(parts, found, strict=True) if shape is not None}
+        d_in = next(iter(known.values()))[1]
+        widths = tuple(_outputs_of_a_rank(part, d_out, ranks, key_heads) for part, (d_out, _) in known.items())
+        modules[key] = WrappedModule(_inputs_of_a_rank(module, d_in, ranks), widths)
     return list(modules.values()), unknown
+
+
+def _inputs_of_a_rank(module: str, d_in: int, ranks: int) -> int:
+    return _share(module, d_in, ranks) if module in _INPUTS_SPLIT else d_in
+
+
+def _outputs_of_a_rank(part: str, d_out: int, ranks: int, key_heads: int) -> int:
+    if ranks == 1 or part in _INPUTS_SPLIT:
+        return d_out
+    if part not in _OUTPUTS_SPLIT:
+        raise JDLoRAError(f"how {part} is divided among {ranks} ranks is not known: leave --tensor-parallel-size out")
+    if part == "qkv_proj" and ranks > key_heads:
+        raise JDLoRAError(f"{ranks} ranks share {key_heads} heads of keys in one layer {part}: this is not counted yet")
+    if part not in _KEYS or ranks <= key_heads:
+        return _share(part, d_out, ranks)
+    _share("heads of keys", ranks, key_heads)  # several ranks have the same head
+    return d_out // key_heads
+
+
+def _share(what: str, size: int, ranks: int) -> int:
+    if size % ranks:
+        raise JDLoRAError(f"{what}: {size} cannot be divided by {ranks}, so vLLM will not start with as many ranks")
+    return size // ranks
 
 
 @dataclass(frozen=True)
 class DeviceBytes:
-    """What one worker allocates, without tensor parallelism.
+    """What one worker allocates.
 
     Attributes:
-        modules: what vLLM wraps.
+        modules: what vLLM wraps, as one rank has it.
         device: ``cuda`` or ``cpu``, whose buffers differ.
         dtype: of the model, in which bases and plain adapters are kept; Σ as well on CUDA.
         diagonal: JD-Diag's Σ.
         base_bits: 8 for bases as a quantised collection stores them (``--jd-base-bits``).
         max_loras: slots of plain adapters (``--max-loras``).
         max_lora_rank: least width of the buffers (``--max-lora-rank``).
+        base_slots: clusters that are resident at most (``--jd-base-slots``); ``None`` for all.
+        scaling_slots: Σ that there is room for (``--jd-scaling-slots``); ``None`` for all.
     """
 
     modules: tuple[WrappedModule, ...]
@@ -92,6 +135,8 @@ class DeviceBytes:
     base_bits: int = 16
     max_loras: int = 1
     max_lora_rank: int = 16
+    base_slots: int | None = None
+    scaling_slots: int | None = None
 
     def __post_init__(self) -> None:
         if self.device == "cpu" and self.base_bits == 8:
@@ -104,8 +149,9 @@ class DeviceBytes:
         return buffer_rank(max(rank, self.max_lora_rank))
 
     def bases(self, clusters: int, rank: int) -> int:
-        """Buffers of so many clusters."""
+        """Buffers of so many clusters, or of as many of them as are resident."""
         width = self.width(rank)
+        clusters = min(clusters, self.base_slots or clusters)
         if self.device == "cpu":
             return clusters * self._stream(width)
         if self.base_bits == 8:
@@ -128,8 +174,10 @@ class DeviceBytes:
         number = _WIDE if self.device == "cpu" else self.dtype.itemsize
         return number * sum(len(m.widths) for m in self.modules) * (width if self.diagonal else width**2)
 
-    def total(self, clusters: int, rank: int, resident: int) -> int:
-        """Everything, with the Σ of ``resident`` adapters and the identity that plain ones pass through."""
+    def total(self, clusters: int, rank: int, adapters: int) -> int:
+        """Everything, with the Σ of so many adapters, or of the slots that were asked for, and the identity that
+        plain ones pass through."""
+        resident = adapters if self.scaling_slots is None else self.scaling_slots
         return self.bases(clusters, rank) + self.plain_slots(rank) + (resident + 1) * self.scaling(rank)
 
     def stock_slot(self, rank: int) -> int:
