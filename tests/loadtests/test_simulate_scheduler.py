@@ -1,6 +1,7 @@
 """The simulation runs the real scheduler: what cluster order gives where base slots are scarce, the same each time."""
 
 import json
+import math
 
 import pytest
 
@@ -47,6 +48,24 @@ def test_cluster_order_touches_and_swaps_fewer_clusters_and_answers_more(overloa
     for figure in ("clusters_per_step", "swaps_per_step"):
         assert ordered[figure] < 0.95 * first_come[figure]
     assert first_come["requests_per_second"] < ordered["requests_per_second"] < resident["requests_per_second"]
+
+
+@pytest.mark.parametrize("rate", [60, 100, 150])
+def test_no_request_waits_longer_than_first_come_first_served_and_the_age_cap_in_seconds(rate):
+    """From a load that is served to twice of it; without the cap the rarest wait for as long as there is traffic."""
+    from dataclasses import replace
+
+    from simulate_scheduler import Costs, Policy, simulate
+
+    asked = replace(traffic(), arrivals=f"gamma:{rate}:1")
+    age_cap = 1.0
+    first_come, capped, uncapped = (
+        simulate(Policy("", 6, cap, ordered), asked, Costs(**COSTS), members=4, max_num_seqs=16)
+        for cap, ordered in ((math.inf, False), (age_cap, True), (math.inf, True))
+    )
+    for figure in ("wait_max", "rare_wait_max"):
+        assert capped[figure] <= first_come[figure] + age_cap
+    assert uncapped["wait_max"] > first_come["wait_max"] + age_cap
 
 
 def test_waits_of_the_rarest_clusters_are_told_apart():

@@ -7,7 +7,7 @@ quantize adapters plain`` |
 | ``serving`` | an API server is ready | ``collection revision scaling_slots plain_slots base_slots`` |
 | ``adapter_load`` | an adapter came at run time | ``name result seconds relative_error`` |
 | ``adapter_unload`` | the name of an adapter was taken back | ``name`` |
-| ``reload`` | a call to reload the collection has ended | ``path result revision added changed removed bases \
+| ``reload`` | a call to reload the collection has ended | ``path result revision bases added changed removed \
 paused_seconds seconds`` |
 | ``revision`` | the engine serves another revision of the collection | ``engine old new`` |
 | ``swaps`` | weights moved to the device since the last such line, every ten seconds at most | ``engine sigma_swaps \
