@@ -77,6 +77,7 @@ def features(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     }
     out["logprobs"] = _generate(engine, requests, [prompt] * 2, [first, second], logprobs=5, prompt_logprobs=3)
     out["samples"] = _generate(engine, requests, [prompt] * 2, [first, None], n=3, temperature=1.0)
+    out["seeded"] = _generate(engine, requests, [prompt] * 3, [first, second, first], temperature=1.0, seed=11)
     beams = engine.beam_search(
         [{"prompt_token_ids": prompt}] * 2,
         BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True),

@@ -196,6 +196,11 @@ def test_embeddings_equal_those_of_merged_weights(results, model, files):
     assert embedded[0] != embedded[2]
 
 
+def test_a_seed_draws_the_same_answer_whoever_is_beside_it(served):
+    once, other, again = served["seeded"]
+    assert once["tokens"] == again["tokens"] != other["tokens"]
+
+
 def test_the_plan_counts_the_bytes_that_the_worker_allocates(served, files, capsys):
     command = ["plan", files["collection"], "--base-model", files["model"], "--device", "cpu", "--dtype", "fp32"]
     capsys.readouterr()
