@@ -27,10 +27,11 @@ def read_text(file: Path, most_bytes: int) -> str:
         raise FileNotFoundError(file) from None
     except OSError as error:
         raise ValueError(error.strerror) from error
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(fd)
+        raise ValueError("not a regular file")
     with open(fd, "rb") as opened:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a regular file")
         if found.st_size > most_bytes:
             raise ValueError(f"{found.st_size} bytes; {most_bytes} is the most that is read")
         try:

@@ -1,6 +1,8 @@
 """Collections that were damaged or made to harm: each is refused with a line that names the file."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -8,10 +10,13 @@ import struct
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests import tiny_llama
-from vllm_jdlora.adapter import file_digest, read_adapter
+from vllm_jdlora.adapter import WEIGHTS_FILE, file_digest, read_adapter
+from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.io import written_atomically
@@ -256,3 +261,149 @@ def test_slice_shapes_are_whole_numbers(collection, value):
     resealed(collection, lambda raw: raw["slices"][0].__setitem__("d_in", value))
     with pytest.raises(JDLoRAError, match=r"slices: d_in is|empty shape"):
         Collection.open(collection, verify=False)
+
+
+# --- bombs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", [MANIFEST_FILE, BASES_FILE, SCALINGS])
+def test_what_is_no_file_is_not_waited_for(collection, name, kind):
+    (collection / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(collection / name)
+    elif kind == "device":
+        (collection / name).symlink_to("/dev/zero")
+    else:
+        (collection / name).mkdir()
+    with pytest.raises(JDLoRAError, match=name):
+        Collection.open(collection)
+
+
+def test_a_manifest_of_holes_is_not_read(collection):
+    os.truncate(collection / MANIFEST_FILE, 1 << 40)
+    with pytest.raises(JDLoRAError, match=r"the most that is read"):
+        Collection.open(collection)
+
+
+def test_a_field_that_is_there_twice_is_refused(collection):
+    text = (collection / MANIFEST_FILE).read_text()
+    (collection / MANIFEST_FILE).write_text(text.replace('"rank": 3,', '"rank": 3, "rank": 3,'))
+    with pytest.raises(JDLoRAError, match="is there twice"):
+        Collection.open(collection)
+
+
+@pytest.mark.parametrize("field", ["parameters", "rank"])
+@pytest.mark.parametrize("value", [-1, 1 << 60, 10**400])
+def test_sizes_beyond_all_measure_are_refused(collection, field, value):
+    resealed(collection, lambda raw: raw["adapters"][0].__setitem__(field, value))
+    with pytest.raises(JDLoRAError, match="has the size"):
+        Collection.open(collection)
+
+
+def test_a_collection_of_another_base_model_is_refused_when_adapters_are_added(collection, tmp_path, capsys):
+    resealed(collection, lambda raw: raw["base_model"].__setitem__("name", "some/other-llama"))
+    newcomer = tiny_llama.write_adapter(tmp_path / "new", 9, targets=["q_proj"])
+    assert main(["add", str(collection), str(newcomer)]) == 2
+    told = capsys.readouterr().err
+    assert "tiny-llama" in told and "other-llama" in told and "Traceback" not in told
+    resealed(collection, lambda raw: raw["base_model"].__setitem__("name", None))
+    before = (collection / MANIFEST_FILE).read_bytes()
+    wide = tiny_llama.write_adapter(tmp_path / "wide", 9, targets=["q_proj"])
+    tensors = load_file(wide / WEIGHTS_FILE)
+    save_file({k: t[:, :32].contiguous() if "lora_A" in k else t for k, t in tensors.items()}, wide / WEIGHTS_FILE)
+    assert main(["add", str(collection), str(wide)]) == 2
+    assert "the adapter is for another base model" in capsys.readouterr().err
+    assert (collection / MANIFEST_FILE).read_bytes() == before
+
+
+# --- fuzzing ----------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, 1 << 63]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places_in(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places_in(inner, (*path, key))
+
+
+@settings(
+    deadline=None,
+    max_examples=int(os.environ.get("JDLORA_FUZZ_EXAMPLES", "150")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.data())
+def test_any_change_of_a_manifest_that_was_sealed_again_ends_in_a_line(untouched, tmp_path, data):
+    """Every command that reads a collection: it works, or says what is wrong; it never fails otherwise."""
+    collection = tmp_path / "fuzzed"
+    if not collection.exists():
+        shutil.copytree(untouched, collection)
+    raw = json.loads((untouched / MANIFEST_FILE).read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        *way, last = data.draw(st.sampled_from([p for p in places_in(raw) if p and p[0] != "revision"]))
+        inside = raw
+        for key in way:
+            inside = inside[key]
+        what = data.draw(st.sampled_from(["value", "gone", "named", "twice"]))
+        if what == "gone":
+            del inside[last]
+        elif what == "named" and isinstance(inside, dict):
+            inside[data.draw(st.text(max_size=6))] = inside[last]
+        elif what == "twice" and isinstance(inside, list):
+            inside.append(inside[last])
+        else:
+            inside[last] = data.draw(VALUES)
+    raw.pop("revision", None)
+    raw["revision"] = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:32]
+    (collection / MANIFEST_FILE).write_text(json.dumps(raw))
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        for command in (["validate"], ["inspect"], ["inspect", "--json"], ["export", "a1", "-o", str(tmp_path / "x")]):
+            code = main([command[0], str(collection), *command[1:]])
+            assert code in (0, 1, 2), (command, code)
+            shutil.rmtree(tmp_path / "x", ignore_errors=True)
+    for line in error.getvalue().splitlines():
+        assert line.startswith("jdlora: ") and line.isprintable() and len(line) < 2000, line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fuzzed"]
+
+
+@settings(
+    deadline=None,
+    max_examples=int(os.environ.get("JDLORA_FUZZ_EXAMPLES", "150")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.sampled_from([MANIFEST_FILE, BASES_FILE, SCALINGS, "errors.safetensors"]), st.data())
+def test_any_damage_to_a_file_is_found(untouched, tmp_path, name, data):
+    collection = tmp_path / "fuzzed"
+    shutil.rmtree(collection, ignore_errors=True)
+    shutil.copytree(untouched, collection)
+    content = bytearray((collection / name).read_bytes())
+    before = bytes(content)
+    at = data.draw(st.integers(0, len(content)))
+    piece = data.draw(st.binary(min_size=1, max_size=4))
+    how = data.draw(st.sampled_from(["over", "in", "out", "cut"]))
+    if how == "over":
+        content[at : at + len(piece)] = piece
+    elif how == "in":
+        content[at:at] = piece
+    elif how == "out":
+        del content[at : at + len(piece)]
+    else:
+        del content[at:]
+    (collection / name).write_bytes(content)
+    if bytes(content) == before:
+        return
+    try:
+        opened = Collection.open(collection, verify=True)
+    except JDLoRAError as error:
+        assert str(collection) in str(error)
+        return
+    # Layout of the manifest, as blanks between its lines, is nobody's content.
+    assert name == MANIFEST_FILE and opened.manifest == Collection.open(untouched, verify=False).manifest

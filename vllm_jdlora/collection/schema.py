@@ -134,6 +134,10 @@ class CollectionManifest:
             _require(part.name.isprintable() and part.name != "", f"{part.name!a:.80} is not a slice's name")
         _require(len({s.name for s in self.slices}) == len(self.slices), "two slices have one name")
         self._check_adapters()
+        floor, reached = self.error_floor, self.error_reached
+        _require((floor is None) == (reached is None), "error_floor and error_reached belong together")
+        for error in (floor, reached, self.max_error):
+            _require(error is None or (math.isfinite(error) and error >= 0), f"an error of {short(error)}")
         for file, digest in self.files.items():
             _require(bool(_FILE_NAME.fullmatch(file)), f"{short(file)} is not a file of a collection")
             _require(bool(_DIGEST.fullmatch(digest)), f"the digest of {file} is not a SHA-256")

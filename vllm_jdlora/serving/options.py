@@ -169,4 +169,12 @@ def resolve_scaling_slots(asked: int | None, adapters: int, bytes_per_adapter: i
 
 
 def absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    """The path without links and ``~``.
+
+    Raises:
+        JDLoRAError: it can be no path, or names a home that is none.
+    """
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise JDLoRAError(f"{path[:200]!a} is not a path that can be used: {error}") from error

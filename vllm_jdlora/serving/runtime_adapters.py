@@ -208,7 +208,10 @@ class RuntimeAdapters:
 
 def _folder_of(path: str) -> Path:
     """A local folder, or that of a model hub's snapshot, as vLLM finds it."""
-    folder = Path(get_adapter_absolute_path(path))
-    if not folder.is_dir():
-        raise JDLoRAError(f"{path}: no such folder")
-    return folder
+    try:
+        folder = Path(get_adapter_absolute_path(path))
+        if folder.is_dir():
+            return folder
+    except (OSError, ValueError, RuntimeError) as error:  # too long, NUL, or a home that is none
+        raise JDLoRAError(f"{path[:200]!a} is not a path that can be used: {error}") from error
+    raise JDLoRAError(f"{path[:1000]}: no such folder")
