@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_jdlora.kernels import cpu_threads
-from vllm_jdlora.kernels.cpu_layout import BLOCK, Form
+from vllm_jdlora.kernels.cpu_layout import BLOCK, Form, byte_values
 from vllm_jdlora.kernels.cpu_numbers import address_as_pointer, narrowed, widened
 from vllm_jdlora.kernels.cpu_tiles import SIGMA_COLUMNS, TOKENS, expand_tile, fetching, shrink_tile, sigma_tile
 
@@ -26,10 +26,11 @@ _AHEAD = 8 << 10
 # Parameters of a layer, int64 each: addresses, strides in bytes, sizes. AT_…: bytes from a thread's scratch, which
 # begins with the addresses of rows of x and of y, to its own x, h and g.
 # numba reads module-level numbers as constants; with members of an enumeration it compiled for minutes.
-FIELDS = 22
+FIELDS = 23
 (
     X, X_STRIDE, Y, Y_STRIDE, PLAN, SCRATCH, SCRATCH_STRIDE, AT_X, AT_H, AT_G, BASES, CLUSTER, V_BLOCK,
     ROWS_OF_V, D_IN, TURNS, SIGMA, SIGMA_SLOT, DIAGONAL, PIECES, SLICES, SLICE_TABLE,
+    SCALES,
 ) = range(FIELDS)  # fmt: skip
 # Addresses in a plan.
 PLAN_TOKENS, PLAN_SLOTS, PLAN_GROUP_START, PLAN_GROUP_COUNT, PLAN_GROUP_CLUSTER, PLAN_SPLIT = range(6)
@@ -74,6 +75,8 @@ def _compiled(form: Form, rank: int) -> Call:
     width = form.stored.itemsize
     x_width = g_width = 2 if pairs else 4
     step, vector_bytes = form.step, form.vector_bytes
+    eight_bit, looked_up = form.eight_bit is not None, form.looked_up
+    values = byte_values(form) if eight_bit else np.zeros(1, np.float32)
     thread_number, on_all = cpu_threads.thread_number(), cpu_threads.on_all()
 
     @numba.njit(error_model="numpy", fastmath=True, inline="always")
@@ -82,6 +85,16 @@ def _compiled(form: Form, rank: int) -> Call:
         if half:
             return widened(carray(address_as_pointer(address), 1 << 30, np.uint16)[index])
         return carray(address_as_pointer(address), 1 << 30, float32)[index]
+
+    @numba.njit(error_model="numpy", fastmath=True, inline="always")
+    def number(block: int, vector: int, index: int) -> Any:
+        """A number of a block of U as fp32."""
+        if looked_up:
+            place = block + vector // 2 * 2 * vector_bytes + index // 8 * 16 + vector % 2 * 8 + index % 8
+            return values[carray(address_as_pointer(place), 1, np.uint8)[0]]
+        if eight_bit:
+            return values[carray(address_as_pointer(block + vector * vector_bytes), 1 << 30, np.uint8)[index]]
+        return read(block + vector * vector_bytes, index)
 
     @numba.cfunc(numba.types.void(numba.types.voidptr), error_model="numpy", fastmath=True)
     def run(data: Any) -> None:
@@ -104,6 +117,7 @@ def _compiled(form: Form, rank: int) -> Call:
         at_y_rows = at_rows + _ROWS_BYTES
         x_rows = carray(address_as_pointer(at_rows), GROUP, int64)
         y_rows = carray(address_as_pointer(at_y_rows), GROUP, int64)
+        h = carray(address_as_pointer(at_h), (GROUP, rows), float32)
         g = carray(address_as_pointer(at_g), (GROUP, rows), float32)
         g_pairs = carray(address_as_pointer(at_g), (GROUP, 2 * rows), np.uint16)
         copied = (not pairs and half) or padded != d_in
@@ -139,6 +153,12 @@ def _compiled(form: Form, rank: int) -> Call:
                 if i == 0 or slots[start + i] != slots[start + i - 1]:
                     fetch(p[SIGMA] + slots[start + i] * p[SIGMA_SLOT], sigma_lines)
 
+            # Of V's rows, then of U's columns.
+            scales = p[SCALES] + group_cluster[group] * rows * 8
+            v_scale = carray(address_as_pointer(scales), rows, float32)
+            if eight_bit:
+                fetch(scales, rows * 8 // 64)
+
             bases = p[BASES] + group_cluster[group] * p[CLUSTER]
             # What the next group reads lies behind what this one reads.
             onward = (group_cluster[min(group + 1, split[thread + 1] - 1)] - group_cluster[group] - 1) * p[CLUSTER]
@@ -165,13 +185,17 @@ def _compiled(form: Form, rank: int) -> Call:
             for i in range(count):
                 sigma = p[SIGMA] + slots[start + i] * p[SIGMA_SLOT]
                 of_h, of_g = at_h + i * g_stride, at_g + i * g_stride
+                if eight_bit:
+                    for r in range(rows):
+                        h[i, r] *= v_scale[r]
                 for r in range(0, slices * rank, few):
                     if p[DIAGONAL]:
-                        scale(sigma + 4 * r, 0, 1, of_h + 4 * r, of_g + g_width * r)
+                        scale(sigma + 4 * r, 0, 1, of_h + 4 * r, of_g + g_width * r, scales + 4 * (rows + r))
                     else:
                         first = r // rank * rank
                         of_sigma = sigma + 4 * (first * rank + r - first)
-                        apply_sigma(of_sigma, rank * 4, rank // SIGMA_COLUMNS, of_h + 4 * first, of_g + g_width * r)
+                        to, of_u = of_g + g_width * r, scales + 4 * (rows + r)
+                        apply_sigma(of_sigma, rank * 4, rank // SIGMA_COLUMNS, of_h + 4 * first, to, of_u)
 
             table = carray(address_as_pointer(p[SLICE_TABLE]), (slices, _PER_SLICE), int64)
             column = int64(0)
@@ -216,10 +240,10 @@ def _compiled(form: Form, rank: int) -> Call:
                         total = read(y_rows[i], column + o)
                         for r in range(rank):
                             if pairs:
-                                basis = read(last + r // 2 * vector_bytes, 2 * lane + r % 2)
+                                basis = number(last, r // 2, 2 * lane + r % 2)
                                 total += widened(g_pairs[i, s * rank + r]) * basis
                             else:
-                                total += g[i, s * rank + r] * read(last + r * vector_bytes, lane)
+                                total += g[i, s * rank + r] * number(last, r, lane)
                         if half:
                             carray(address_as_pointer(y_rows[i]), 1 << 30, np.uint16)[column + o] = narrowed(total)
                         else:

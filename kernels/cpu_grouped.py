@@ -18,6 +18,8 @@ import torch
 from vllm_jdlora.kernels import cpu_body, cpu_pages, cpu_threads
 from vllm_jdlora.kernels.cpu_layout import BLOCK, Form, lay_u, lay_v
 from vllm_jdlora.kernels.cpu_tiles import PIECE
+from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.kernels.triton_widen import UNIT
 
 _MOST = cpu_body.GROUP
 # Groups that each thread has at least, where there are tokens for them.
@@ -132,12 +134,15 @@ class PackedLinear:
             raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous and column by column")
         self.form, self.rank, self.widths, self.sigma = form, rank, tuple(widths), sigma
         v_shape, u_shapes = stream_shapes(widths, d_in, rank, form)
-        self._d_in, self._rows = d_in, v_shape[0] * BLOCK
+        self.d_in, self._rows = d_in, v_shape[0] * BLOCK
         # A cluster's V and U one behind the other: the kernel reads them as one stream.
         sizes = [math.prod(shape) for shape in (v_shape, *u_shapes)]
-        bases = cpu_pages.zeros(clusters, sum(sizes), form.stored)
+        stored = form.stored if form.eight_bit is None else torch.int8  # not every operation knows fp8
+        bases = cpu_pages.zeros(clusters, sum(sizes), stored)
         parts = [p.unflatten(1, s) for p, s in zip(bases.split(sizes, 1), (v_shape, *u_shapes), strict=True)]
         self._v, self._u = parts[0], parts[1:]
+        # Of the rows of V, then of the columns of U.
+        self._scales = torch.zeros(0 if form.eight_bit is None else clusters, 2, self._rows)
         self._parameters = np.zeros(cpu_body.FIELDS, dtype=np.int64)
         self._slices = np.array(
             [(u.data_ptr() - bases.data_ptr(), width) for u, width in zip(self._u, widths, strict=True)],
@@ -154,6 +159,15 @@ class PackedLinear:
         lay_v(self.form, torch.cat([part.to(self.form.stored) for part in v]), self._v[cluster])
         for laid, part in zip(self._u, u, strict=True):
             lay_u(self.form, part, laid[cluster])
+
+    def write_8_bits(self, cluster: int, bases: EightBitBases) -> None:
+        """Lay one cluster's bases and scales down, which are the first of ``bases``."""
+        v = torch.cat([part[0, 0].view(torch.int8) for part in bases.v])
+        lay_v(self.form, v, self._v[cluster])
+        for laid, part in zip(self._u, bases.u, strict=True):
+            lay_u(self.form, part[0, 0].view(torch.int8), laid[cluster])
+        for laid, scale in zip(self._scales[cluster], (bases.v_scale, bases.u_scale), strict=True):
+            laid[: scale[0].numel()] = scale[0].flatten() / UNIT[bases.dtype]
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, groups: TokenGroups) -> None:
         """``y[t] += U[c(t)] · (Σ[s(t)] · (V[c(t)] · x[t]))`` in place (meaning: ``reference.jd_linear``).
@@ -196,7 +210,7 @@ class PackedLinear:
             cpu_body.CLUSTER: v.stride(0) * width,
             cpu_body.V_BLOCK: v.stride(1) * width,
             cpu_body.ROWS_OF_V: self._rows,
-            cpu_body.D_IN: self._d_in,
+            cpu_body.D_IN: self.d_in,
             cpu_body.TURNS: turns,
             cpu_body.SIGMA: sigma.data_ptr(),
             cpu_body.SIGMA_SLOT: sigma.stride(0) * 4,
@@ -204,6 +218,7 @@ class PackedLinear:
             cpu_body.PIECES: self.rank // (2 if self.form.pairs else 1) // PIECE,
             cpu_body.SLICES: len(self.widths),
             cpu_body.SLICE_TABLE: self._slices.ctypes.data,
+            cpu_body.SCALES: self._scales.data_ptr(),
         }
         fields[list(values)] = list(values.values())
 

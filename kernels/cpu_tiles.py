@@ -40,10 +40,9 @@ def shrink_tile(form: Form, tokens: int, fetches: bool = True) -> Any:
         with code.loop(turns, [code.zeros(lanes)] * (tokens * rows)) as (turn, sums):
             xs = [code.load(code.add(a, code.times(turn, lanes * 4)), lanes, form, "x") for a in x_at]
             here = [code.add(a, code.times(turn, BLOCK * form.vector_bytes)) for a in blocks]
-            vs = [
-                code.load(code.plus(here[j // BLOCK], j % BLOCK * form.vector_bytes), lanes, form, "basis")
-                for j in range(rows)
-            ]
+            vs = []
+            for j in range(0, rows, 2):
+                vs += code.load_two(code.plus(here[j // BLOCK], j % BLOCK * form.vector_bytes), form)
             for a in here if fetches else ():
                 for line in range(0, min(rows, BLOCK) * form.vector_bytes, 64):
                     code.fetch_once(code.plus(code.add(a, ahead), line))
@@ -82,18 +81,30 @@ def expand_tile(form: Form, tokens: int, vectors: int, depth: int, fetches: bool
         with code.loop(pieces, before) as (turn, sums):
             of_u = code.add(u, code.times(turn, PIECE * form.vector_bytes))
             of_g = [code.add(a, code.times(turn, 4 * PIECE)) for a in g_at]
-            for step in range(PIECE):
-                # Constant distances: one register holds all of U's addresses.
-                places = [(k * depth + step) * form.vector_bytes for k in range(vectors)]
-                us = [code.load(code.plus(of_u, at), lanes, form, "basis") for at in places]
-                gs = [code.broadcast(code.plus(a, 4 * step), form) for a in of_g]
-                for at in places if fetches else ():
-                    code.fetch_once(code.plus(code.add(of_u, ahead), at))
-                sums[:] = [
-                    code.product(form, sums[t * vectors + k], gs[t], us[k])
-                    for t in range(tokens)
-                    for k in range(vectors)
-                ]
+            # Constant distances from here: one register holds all of U's addresses.
+            places = [k * depth * form.vector_bytes for k in range(vectors)]
+            if form.looked_up:
+                gs = [[code.broadcast(code.plus(a, 4 * step), form) for a in of_g] for step in range(PIECE)]
+                for k, at in enumerate(places):  # one after the other: few registers are left
+                    us = code.load_two(code.plus(of_u, at), form)
+                    if fetches:
+                        code.fetch_once(code.plus(code.add(of_u, ahead), at))
+                    for t in range(tokens):
+                        for step in range(PIECE):
+                            i = t * vectors + k
+                            sums[i] = code.product(form, sums[i], gs[step][t], us[step])
+            else:
+                for step in range(PIECE):
+                    here = [at + step * form.vector_bytes for at in places]
+                    us = [code.load(code.plus(of_u, at), lanes, form, "basis") for at in here]
+                    gs = [code.broadcast(code.plus(a, 4 * step), form) for a in of_g]
+                    for at in here if fetches else ():
+                        code.fetch_once(code.plus(code.add(of_u, ahead), at))
+                    sums[:] = [
+                        code.product(form, sums[t * vectors + k], gs[t], us[k])
+                        for t in range(tokens)
+                        for k in range(vectors)
+                    ]
         for t, address in enumerate(y_at):
             for k in range(vectors):
                 code.store_output(sums[t * vectors + k], code.plus(address, k * lanes * width), form)
@@ -106,14 +117,15 @@ def expand_tile(form: Form, tokens: int, vectors: int, depth: int, fetches: bool
 
 
 def sigma_tile(form: Form, lanes: int, diagonal: bool) -> Any:
-    """numba intrinsic ``(sigma, stride, turns, h, g)``: ``g[r] = Σ[r] · h`` for so many rows r as there are lanes.
+    """numba intrinsic ``(sigma, stride, turns, h, g, scale)``: ``g[r] = Σ[r] · h`` for as many rows r as lanes.
 
     All int64 addresses of fp32 but g, which is bf16 for pairs. Σ lies column by column, ``stride`` bytes apart,
-    ``4 · turns`` of them. A diagonal Σ is a vector of lanes, as is h.
+    ``4 · turns`` of them. A diagonal Σ is a vector of lanes, as is h. With bases of 8 bits g is
+    multiplied by what lies at ``scale``.
     """
-    kept = replace(form, lanes=lanes, pairs=False, stored=torch.float32)
+    kept = Form(torch.float32, False, lanes)
 
-    def body(code: Code, sigma: Any, stride: Any, turns: Any, h: Any, g: Any) -> None:
+    def body(code: Code, sigma: Any, stride: Any, turns: Any, h: Any, g: Any, scale: Any) -> None:
         if diagonal:
             total = code.times_each(code.load(sigma, lanes, kept, "x"), code.load(h, lanes, kept, "x"))
         else:
@@ -124,11 +136,13 @@ def sigma_tile(form: Form, lanes: int, diagonal: bool) -> Any:
                     of_h = code.broadcast(code.add(h, code.times(column, 4)), kept)
                     sums[c] = code.product(kept, sums[c], of_sigma, of_h)
             total = code.plus_each(code.plus_each(sums[0], sums[1]), code.plus_each(sums[2], sums[3]))
+        if form.eight_bit is not None:
+            total = code.times_each(total, code.load(scale, lanes, kept, "x"))
         code.store_output(total, g, replace(kept, stored=torch.bfloat16 if form.pairs else torch.float32))
 
     @intrinsic
-    def tile(context, sigma, stride, turns, h, g):  # type: ignore[no-untyped-def]
-        return types.void(*[types.int64] * 5), generating(body)
+    def tile(context, sigma, stride, turns, h, g, scale):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 6), generating(body)
 
     return tile
 

@@ -38,7 +38,10 @@ GOALS = (
     Goal("d1000/d8", "1,000 as 8 adapters within 2 %", within=0.02),
     Goal("d1000-k128/d1000", "128 as 8 clusters within 5 %", within=0.05),
 )
-OTHER_RATIOS = ("d1000/p32", "p32/a", "p32/c8", "d1000/c64", "d8/a", "d8/c8", "a-eager/a", "s-d1000/s-p32", "s-p32/a")
+OTHER_RATIOS = (
+    *("d1000/p32", "p32/a", "p32/c8", "d1000/c64", "d8/a", "d8/c8", "a-eager/a", "s-d1000/s-p32", "s-p32/a"),
+    *("s-d1000-8bit/a", "s-d1000-8bit/s-d1000"),
+)
 """Besides the goals: what compression gains, what better kernels do, what compilation does."""
 
 

@@ -38,6 +38,7 @@ class Row:
         told: a stock server is told which modules its adapters change. By default it is not, and computes zeros for
             every linear module and the logits.
         eager: the base, not compiled. (vLLM does not compile on CPU when LoRA is on; this package turns it on again.)
+        quantize: how a synthetic collection stores its bases.
         gigabytes: memory that starting it may take, at most, of SmolLM2-135M.
     """
 
@@ -52,6 +53,7 @@ class Row:
     told: bool = True
     eager: bool = False
     gigabytes: float = 1.6
+    quantize: str = "none"
 
     @property
     def slow(self) -> bool:
@@ -80,6 +82,16 @@ ROWS = (
     Row("s-c8", "stock vLLM, 8 adapters", "stock", "linear", 8, slots=8),
     Row("s-p32", "uncompressed, our kernel, 32 adapters", "plain", "linear", 32, gigabytes=3.0),
     Row("s-d1000", "compressed, 1,000 adapters, 8 clusters", "compressed", "linear", 1000, clusters=8, gigabytes=2.0),
+    Row(
+        "s-d1000-8bit",
+        "compressed, 1,000 adapters, 8 clusters in int8",
+        "compressed",
+        "linear",
+        1000,
+        clusters=8,
+        gigabytes=2.0,
+        quantize="int8",
+    ),
 )
 
 
@@ -167,7 +179,13 @@ class Workplace:
         if row.synthetic:
             targets = TARGETS[row.targets]
             return write_collection(
-                output, self.model, targets, adapters=row.adapters, clusters=row.clusters, rank=RANK
+                output,
+                self.model,
+                targets,
+                adapters=row.adapters,
+                clusters=row.clusters,
+                rank=RANK,
+                quantize=row.quantize,
             )
         return compress(self._demo[: row.adapters], output, rank=RANK, clusters=row.clusters)
 

@@ -56,9 +56,19 @@ def model_slices(model: Path, targets: Sequence[str]) -> list[SliceShape]:
 
 
 def write_collection(
-    output: Path, model: Path, targets: Sequence[str], *, adapters: int, clusters: int, rank: int, seed: int = 0
+    output: Path,
+    model: Path,
+    targets: Sequence[str],
+    *,
+    adapters: int,
+    clusters: int,
+    rank: int,
+    seed: int = 0,
+    quantize: str = "none",
 ) -> Collection:
-    """A bf16 JD-Full collection of `adapters` in `clusters` (adapter i in a cluster drawn at random) of rank `rank`."""
+    """A bf16 JD-Full collection of `adapters` in `clusters` (adapter i in a cluster drawn at random) of rank `rank`.
+
+    quantize: ``int8`` or ``fp8`` for bases in 8 bits."""
     slices = model_slices(model, targets)
     random = torch.Generator().manual_seed(seed)
     # One orthonormal pair for each shape, its columns turned for each cluster and slice: QR of each would take minutes.
@@ -89,7 +99,7 @@ def write_collection(
     ]
     with written_atomically(output, MANIFEST_FILE) as folder:
         draft = Draft(folder, None, in_place=False)
-        draft.bases(slices, bases, "none")
+        draft.bases(slices, bases, quantize)
         draft.files |= _write_scalings(folder, adapters, (len(slices), rank, rank), random)
         draft.errors(torch.zeros(adapters, len(slices)))
         draft.seal(
@@ -100,6 +110,7 @@ def write_collection(
                 clusters=clusters,
                 metric="frobenius",
                 dtype="bf16",
+                quantize=quantize,
                 seed=seed,
                 slices=tuple(slices),
                 adapters=tuple(entries),

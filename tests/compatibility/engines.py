@@ -163,6 +163,8 @@ def _device_bytes(worker: Any) -> dict[str, int]:
             # On CPU the stacks are one slot in truth, through which vLLM writes all.
             plain += [stack[:1] for stack in stacked]
             stacked = (wrapper._packed._v, *wrapper._packed._u)
+            if (eight_bit := wrapper._eight_bit) is not None:
+                bases += [eight_bit._v, *eight_bit._u, eight_bit._scales]
         elif (eight_bit := wrapper.module.eight_bit) is not None:
             bases += [*eight_bit.v, *eight_bit.u, eight_bit.v_scale, eight_bit.u_scale]
             plain += stacked

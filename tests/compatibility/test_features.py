@@ -213,20 +213,21 @@ def test_the_plan_counts_the_bytes_that_the_worker_allocates(served, files, caps
     assert planned["total"] == sum(allocated[part] for part in ("bases", "plain_slots", "scalings"))
 
 
-def test_the_plan_counts_scarce_slots_and_one_rank_of_tensor_parallelism(files, tmp_path, capsys):
+@pytest.mark.parametrize(("quantize", "bits"), [("none", 16), ("int8", 8)])
+def test_the_plan_counts_scarce_slots_and_one_rank_of_tensor_parallelism(files, tmp_path, capsys, quantize, bits):
     model = Path(files["model"])
     folders = [tiny_models.write_adapter(tmp_path / name, model, seed) for seed, name in enumerate(NAMES)]
     adapters = [read_adapter(folder) for folder in folders]
-    collection = str(compress(adapters, tmp_path / "collection", rank=8, clusters=2, dtype="fp32").path)
-    options = {
-        "tensor_parallel_size": 2,
-        "additional_config": {"jdlora": {"collection": collection, "base_slots": 1, "scaling_slots": 2}},
-    }
+    out = tmp_path / "collection"
+    collection = str(compress(adapters, out, rank=8, clusters=2, dtype="fp32", quantize=quantize).path)
+    jdlora = {"collection": collection, "base_slots": 1, "scaling_slots": 2, "base_bits": bits}
+    options = {"tensor_parallel_size": 2, "additional_config": {"jdlora": jdlora}}
     job = {"kind": "greedy_and_bytes", "prompts": [PROMPT], "who": [FIRST], "tokens": 2, "options": options}
     # Two workers on a machine of two cores: one thread each, wherever there is room.
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     (result,) = engines.run(files | job | {"collection": collection}, env=env)
     flags = ["--device=cpu", "--dtype=fp32", "--tensor-parallel-size=2", "--jd-base-slots=1", "--jd-scaling-slots=2"]
+    flags.append(f"--jd-base-bits={bits}")
     capsys.readouterr()
     assert main(["plan", collection, "--base-model", files["model"], *flags, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["choices"][0]["bytes"]["device"]

@@ -3,15 +3,18 @@
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import llvmlite.binding
 import numpy as np
 import pytest
 import torch
 
+from vllm_jdlora.collection.quantize import STORED, dequantized, quantized
 from vllm_jdlora.kernels import cpu_threads, reference
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
 from vllm_jdlora.kernels.cpu_layout import Form
+from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 
 WIDTHS, D_IN, CLUSTERS, SLOTS = (72, 16, 24), 40, 5, 7
 
@@ -25,6 +28,13 @@ FORMS = {
 }
 if not FEATURES.get("avx512bf16"):
     del FORMS["bf16 pairs"]
+EIGHT_BIT_FORMS = {
+    f"{kind}, {name}": replace(form, eight_bit=dtype)
+    for kind, dtype in STORED.items()
+    for name, form in FORMS.items()
+    if not form.pairs or FEATURES.get("avx512vbmi")
+}
+ALL_FORMS = FORMS | EIGHT_BIT_FORMS
 FP32 = FORMS["fp32, 8 lanes"]
 
 
@@ -53,6 +63,12 @@ class Problem:
         stored = form.stored
         self.u = [(rand(CLUSTERS, w, rank) / rank).to(stored) for w in widths]
         self.v = [(rand(CLUSTERS, rank, d_in) / d_in**0.5).to(stored) for _ in widths]
+        if form.eight_bit is not None:
+            kind = next(name for name, dtype in STORED.items() if dtype == form.eight_bit)
+            self.u_stored = [quantized(u.mT, kind) for u in self.u]
+            self.v_stored = [quantized(v, kind) for v in self.v]
+            self.u = [dequantized(*u).mT for u in self.u_stored]
+            self.v = [dequantized(*v) for v in self.v_stored]
         self.sigma = rand(SLOTS, len(widths), rank) if diagonal else rand(SLOTS, len(widths), rank, rank).mT
         self.y, self.x = rand(tokens, sum(widths)).to(stored), rand(tokens, d_in).to(stored)
         self.linear = PackedLinear(widths, d_in, rank, CLUSTERS, form, self.sigma)
@@ -61,7 +77,18 @@ class Problem:
         self.form = form
 
     def write(self, cluster: int) -> None:
-        self.linear.write(cluster, [u[cluster] for u in self.u], [v[cluster] for v in self.v])
+        if self.linear.form.eight_bit is None:
+            self.linear.write(cluster, [u[cluster] for u in self.u], [v[cluster] for v in self.v])
+            return
+        v, u = [v[:1, None] for v in self.v], [u[:1, None] for u in self.u]
+        one = EightBitBases.beside(v, u, 1, self.linear.form.eight_bit)
+        for i, ((u_numbers, u_scale), (v_numbers, v_scale)) in enumerate(
+            zip(self.u_stored, self.v_stored, strict=True)
+        ):
+            one.u[i].view(torch.int8).copy_(u_numbers[cluster].view(torch.int8).mT)
+            one.v[i].view(torch.int8).copy_(v_numbers[cluster].view(torch.int8))
+            one.set_scales(0, i, v_scale[cluster], u_scale[cluster])
+        self.linear.write_8_bits(cluster, one)
 
     def check(self, clusters: np.ndarray, slots: np.ndarray, threads: int | None = None) -> torch.Tensor:
         who = clusters.tolist(), slots.tolist()
@@ -107,27 +134,56 @@ def test_mixed_batches_equal_the_reference(tokens, rank, kind, form):
     Problem(tokens, rank, form).check(of_slots(slots), slots)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", EIGHT_BIT_FORMS.values(), ids=EIGHT_BIT_FORMS)
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 133])
+def test_bases_of_8_bits_equal_the_reference_on_what_a_collection_gives_back(tokens, rank, form):
+    slots = popularity("uniform", tokens, np.random.default_rng(tokens))
+    Problem(tokens, rank, form).check(of_slots(slots), slots)
+
+
+@pytest.mark.parametrize("form", EIGHT_BIT_FORMS.values(), ids=EIGHT_BIT_FORMS)
+def test_every_number_of_8_bits_is_widened_exactly(form):
+    stored = torch.arange(256, dtype=torch.uint8).view(form.eight_bit)
+    numbers = stored.float().nan_to_num(0)
+    numbers[numbers == -128] = 0  # which the quantiser does not make
+    sigma = torch.eye(8).expand(1, 1, 8, 8).mT
+    one = EightBitBases.beside([torch.zeros(1, 1, 8, 256)], [torch.zeros(1, 1, 263, 8)], 1, form.eight_bit)
+    one.v[0][0, 0, 5].copy_(numbers)
+    one.u[0][0, 0, :256, 3].copy_(numbers)
+    one.u[0][0, 0, 262, 5] = 1  # behind the last whole vector
+    one.set_scales(0, 0, torch.ones(8), torch.ones(8))
+    one.v[0][0, 0, 3, 0] = 1
+    linear = PackedLinear([263], 256, 8, 1, form, sigma)
+    linear.write_8_bits(0, one)
+    x, y = torch.eye(256).to(form.stored), torch.zeros(256, 263).to(form.stored)
+    zeros = np.zeros(256, dtype=np.int64)
+    linear.add_(y, x, TokenGroups.plan(zeros, zeros))
+    assert torch.equal(y[:, 262].float(), numbers)
+    assert torch.equal(y[0, :256].float(), numbers)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS.values(), ids=ALL_FORMS)
 def test_a_long_prompt_beside_others_equals_the_reference(form):
     slots = np.concatenate([np.full(400, 2), np.full(57, -1), np.full(55, 6)])
     Problem(512, 16, form).check(of_slots(slots), slots)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS.values(), ids=ALL_FORMS)
 @pytest.mark.parametrize("kind", ["distinct", "uniform"])
 def test_diagonal_scalings_equal_the_reference(kind, form):
     slots = popularity(kind, 33, np.random.default_rng(1))
     Problem(33, 16, form, diagonal=True).check(of_slots(slots), slots)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS.values(), ids=ALL_FORMS)
 @pytest.mark.parametrize(("widths", "d_in"), [((1,), 1), ((7, 133), 33), ((64,), 32), ((129, 15, 64), 100)])
 def test_odd_sizes_equal_the_reference(widths, d_in, form):
     slots = popularity("uniform", 21, np.random.default_rng(5))
     Problem(21, 8, form, widths=widths, d_in=d_in).check(of_slots(slots), slots)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS.values(), ids=ALL_FORMS)
 def test_rows_may_lie_apart_in_memory(form):
     problem = Problem(9, 16, form)
     slots = np.arange(9) % SLOTS
@@ -140,7 +196,7 @@ def test_rows_may_lie_apart_in_memory(form):
     assert not wide_y[:, :20].any() and not wide_y[:, 20 + sum(WIDTHS) :].any()
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS.values(), ids=ALL_FORMS)
 def test_a_token_alone_and_in_a_crowd_gets_the_same_bits(form):
     problem = Problem(16, 16, form)
     slots = np.arange(16) % SLOTS

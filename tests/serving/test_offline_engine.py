@@ -185,6 +185,6 @@ def test_collections_are_swapped_below_a_running_engine(served, later, base_slot
 def test_two_tensor_parallel_processes_equal_merged_weights_with_diagonal_scalings_and_bases_in_8_bits(served):
     model, collection, plain = served
     small = model, collection.with_name("small"), plain
-    out = run_engine(small, max_loras=2, tensor_parallel_size=2)
+    out = run_engine(small, max_loras=2, tensor_parallel_size=2, jdlora={"base_bits": 8})
     check_against_merged_weights(small, out["answers"])
     assert [s["resident"] for s in out["statistics"]] == [5, 5]

@@ -53,7 +53,9 @@ def add_to(commands: Any) -> None:
     server.add_argument(
         "--max-lora-rank", type=positive, default=16, metavar="R", help="least rank of buffers (default: 16, as vLLM's)"
     )
-    server.add_argument("--jd-base-bits", type=int, choices=(8, 16), default=16, help="of the bases (default: 16)")
+    server.add_argument(
+        "--jd-base-bits", type=int, choices=(8, 16), help="of the bases (default: 16; on CPU as they are stored)"
+    )
     server.add_argument("--jd-base-slots", type=positive, metavar="N", help="resident clusters (default: all)")
     server.add_argument("--jd-scaling-slots", type=positive, metavar="N", help="resident Σ (default: all)")
     server.add_argument(

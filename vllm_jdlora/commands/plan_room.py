@@ -120,7 +120,7 @@ def room_of(
         device=args.device,
         dtype=torch.float32 if wide else torch.bfloat16,
         diagonal=sizes.diagonal,
-        base_bits=args.jd_base_bits,
+        base_bits=args.jd_base_bits or (8 if args.device == "cpu" and sizes.basis_width == 1 else 16),
         max_loras=args.max_loras,
         max_lora_rank=args.max_lora_rank,
         base_slots=args.jd_base_slots,

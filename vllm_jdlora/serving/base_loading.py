@@ -12,7 +12,6 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.io import QuantizedBasis
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving.eight_bit_loading import load_cluster
 from vllm_jdlora.serving.module_slices import ModuleSlices
 
 
@@ -39,7 +38,7 @@ class BaseReader:
         """
         for name, layer in layers.items():
             parts = [self._stored(part, cluster) for part in packed.get(name) or [name]]
-            load_cluster(layer, layer.punica_wrapper.module.eight_bit, parts, slot)
+            layer.punica_wrapper.load_8_bits(layer, parts, slot)
 
     def bytes_of_a_cluster(self, itemsize: int) -> int:
         """Of its bases in all modules, before tensor parallelism. itemsize: bytes of a number on the device."""

@@ -65,6 +65,7 @@ class BaseSlotsManager(LRUCacheLoRAModelManager):
                 self.device,
                 vllm_config.compilation_config.static_forward_context,
                 vllm_config.model_config.dtype,
+                self._eight_bit,
             )
         else:
             from vllm_jdlora.serving.punica_gpu import JDPunicaGPU

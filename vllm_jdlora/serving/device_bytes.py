@@ -139,8 +139,6 @@ class DeviceBytes:
     scaling_slots: int | None = None
 
     def __post_init__(self) -> None:
-        if self.device == "cpu" and self.base_bits == 8:
-            raise JDLoRAError("bases of 8 bits are for CUDA: the CPU kernel reads wide ones")
         if self.device == "cuda" and self.dtype == torch.float32:
             raise JDLoRAError("adapters on CUDA are fp16 or bf16, not fp32")
 
@@ -153,7 +151,7 @@ class DeviceBytes:
         width = self.width(rank)
         clusters = min(clusters, self.base_slots or clusters)
         if self.device == "cpu":
-            return clusters * self._stream(width)
+            return clusters * self._stream(width, self.base_bits == 8)
         if self.base_bits == 8:
             scales = 2 * _SCALE * sum(len(m.widths) for m in self.modules)
             return clusters * width * (sum(m.numbers for m in self.modules) + scales)
@@ -187,16 +185,18 @@ class DeviceBytes:
     def _lora(self, width: int) -> int:
         return self.dtype.itemsize * width * sum(m.numbers for m in self.modules)
 
-    def _stream(self, width: int) -> int:
-        return sum(_stream_bytes(m, width, self.dtype) for m in self.modules)
+    def _stream(self, width: int, eight_bit: bool = False) -> int:
+        return sum(_stream_bytes(m, width, self.dtype, eight_bit) for m in self.modules)
 
 
 @cache
-def _stream_bytes(module: WrappedModule, rank: int, dtype: torch.dtype) -> int:
+def _stream_bytes(module: WrappedModule, rank: int, dtype: torch.dtype, eight_bit: bool) -> int:
     """One cluster of one module as the CPU kernel reads it."""
     from vllm_jdlora.kernels.cpu_grouped import stream_shapes
     from vllm_jdlora.kernels.cpu_layout import Form
 
-    form = Form.here(torch.float32 if dtype == torch.float16 else dtype)
+    # int8 and fp8 lie in the same way.
+    form = Form.here(torch.float32 if dtype == torch.float16 else dtype, torch.int8 if eight_bit else None)
     v, u = stream_shapes(module.widths, module.d_in, rank, form)
-    return form.stored.itemsize * sum(torch.Size(shape).numel() for shape in (v, *u))
+    scales = 2 * _SCALE * v[0] * v[2] if eight_bit else 0
+    return form.basis.itemsize * sum(torch.Size(shape).numel() for shape in (v, *u)) + scales

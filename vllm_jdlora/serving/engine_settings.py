@@ -73,6 +73,7 @@ def apply_to_engine_args(engine_args: Any, *, names_follow: bool = False) -> Non
         plain_slots=plain_slots,
         scaling_slots=resolve_scaling_slots(options.scaling_slots, len(manifest.adapters), scaling_bytes),
         base_slots=min(options.base_slots or manifest.clusters, manifest.clusters),
+        base_bits=options.base_bits or (8 if manifest.quantize != "none" and _on_cpu() else 16),
     )
     engine_args.enable_lora = True
     engine_args.max_lora_rank = rank
@@ -181,18 +182,18 @@ def _refuse_errors_above_limit(collection: Collection, max_error: float | None) 
         )
 
 
-def _refuse_8_bits_where_there_are_none(collection: Collection, base_bits: int) -> None:
+def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
-    if base_bits != 8:
-        return
-    if collection.manifest.quantize == "none":
+    return bool(current_platform.is_cpu())
+
+
+def _refuse_8_bits_where_there_are_none(collection: Collection, base_bits: int | None) -> None:
+    if base_bits == 8 and collection.manifest.quantize == "none":
         raise JDLoRAError(
             f"--jd-base-bits 8 needs a collection with bases of 8 bits, and those of {collection.path} are "
             f"{collection.manifest.dtype}: compress with --quantize int8 or fp8"
         )
-    if current_platform.is_cpu():
-        raise JDLoRAError("--jd-base-bits 8 cannot be used on CPU, whose kernel reads wide bases")
 
 
 def _target_modules(collection: Collection, asked: list[str] | None) -> list[str]:

@@ -84,8 +84,9 @@ def add_flags(parser: Any) -> Any:
         type=int,
         choices=[8, 16],
         default=None,
-        help="Bits of a number of the shared bases in GPU memory. 8 keeps those of a collection made with --quantize "
-        "int8 or fp8 as they are stored, beside uncompressed adapters in 16. Default: 16.",
+        help="Bits of a number of the shared bases on the device. 8 keeps those of a collection made with --quantize "
+        "int8 or fp8 as they are stored, beside uncompressed adapters in 16. Default: 8 for such a collection "
+        "on CPU, else 16.",
     )
     group.add_argument(
         "--jd-age-cap",
@@ -156,7 +157,7 @@ def apply_flags(args: argparse.Namespace) -> None:
         collection=str(collection.path),
         scaling_slots=args.jd_scaling_slots,
         max_error=args.jd_max_error,
-        base_bits=args.jd_base_bits or 16,
+        base_bits=args.jd_base_bits,
         base_slots=args.jd_base_slots,
         arrivals=arrivals,
         age_cap=AGE_CAP if args.jd_age_cap is None else args.jd_age_cap,

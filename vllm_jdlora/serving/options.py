@@ -42,7 +42,8 @@ class ServingOptions:
         scaling_slots: Σ resident on the device, at least 1; ``None`` until resolved, then all that fit.
         plain_slots: slots for uncompressed adapters in one batch; ``None`` until resolved from ``--max-loras``.
         max_error: an adapter whose relative error is above it must not be served compressed.
-        base_bits: of a number of the bases on the device: 16 (32 on CPU), or 8 as a quantised collection stores them.
+        base_bits: of a number of the bases on the device: 16 (32 for a model in fp32), or 8 as a quantised collection
+            stores them; ``None`` until resolved, then 8 on CPU where they are stored so, else 16.
         base_slots: clusters whose bases are resident on the device, which bounds the clusters of one batch; ``None``
             until resolved, then all.
         arrivals: absolute folder of adapters that came while the server ran, see :mod:`.arrivals`; empty until
@@ -57,7 +58,7 @@ class ServingOptions:
     scaling_slots: int | None = None
     plain_slots: int | None = None
     max_error: float | None = None
-    base_bits: int = 16
+    base_bits: int | None = None
     base_slots: int | None = None
     arrivals: str = ""
     age_cap: float = AGE_CAP
@@ -72,7 +73,7 @@ class ServingOptions:
                 raise JDLoRAError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.max_error is not None and not 0 <= float(self.max_error) <= 1:
             raise JDLoRAError(f"max_error is a relative error between 0 and 1, not {self.max_error!r}")
-        if self.base_bits not in (8, 16):
+        if self.base_bits not in (None, 8, 16):
             raise JDLoRAError(f"base_bits is 8 or 16, not {self.base_bits!r}")
         if not isinstance(self.age_cap, (int, float)) or isinstance(self.age_cap, bool) or not self.age_cap >= 0:
             raise JDLoRAError(f"age_cap is a number of seconds from 0, not {self.age_cap!r}")

@@ -8,13 +8,15 @@ caches on disk is then right for any engine.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+
+from vllm_jdlora.collection.io import QuantizedBasis
 
 
 class JDPunica(PunicaWrapperBase):
@@ -86,6 +88,10 @@ class LayerPunica:
         """name: the layer's in the forward context."""
         self._shared = shared
         self.name = name
+
+    @abstractmethod
+    def load_8_bits(self, layer: Any, parts: Sequence[QuantizedBasis | None], slot: int) -> None:
+        """Put one cluster of this layer into a row of its buffers of 8 bits: see `eight_bit_loading.load_cluster`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._shared, name)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_jdlora.collection.io import QuantizedBasis
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
 from vllm_jdlora.kernels.cpu_layout import Form
+from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.serving.eight_bit_loading import load_cluster
 from vllm_jdlora.serving.punica import JDPunica, LayerPunica, define_operator, layer_of
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
@@ -30,28 +34,50 @@ class JDPunicaCPU(JDPunica):
         device: torch.device | str,
         forward_context_layers: dict[str, Any],
         dtype: torch.dtype,
+        eight_bit: tuple[int, torch.dtype] | None = None,
     ):
-        """dtype: of the model. Bases are kept in it, and in fp32 for a model in fp16, which the kernel has not."""
+        """
+        Args:
+            dtype: of the model. Bases are kept in it, and in fp32 for a model in fp16, which the kernel has not.
+            eight_bit: how many clusters each layer keeps in 8 bits, before the bases of vLLM's slots, and the type.
+        """
         super().__init__(max_num_batched_tokens, max_batches, device, forward_context_layers)
-        self._form = Form.here(torch.float32 if dtype == torch.float16 else dtype)
-        self.groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
+        self._dtype = torch.float32 if dtype == torch.float16 else dtype
+        self._eight_bit = eight_bit
+        self.groups = self.eight_bit_groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
 
     def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
         """Plan the step: base slot and scaling slot of each token, int64 [T] each; −1 for none."""
-        self.groups = TokenGroups.plan(token_base, token_slot)
+        first = self._eight_bit[0] if self._eight_bit else 0
+        self.groups = TokenGroups.plan(token_base - first, token_slot)
+        if first:
+            self.eight_bit_groups = TokenGroups.plan(np.where(token_base < first, token_base, -1), token_slot)
 
     def _wrapper(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
-        return LayerPunicaCPU(self, name, layer, sigma, self._form)
+        packed = _take_over(layer, sigma, Form.here(self._dtype))
+        if self._eight_bit is None:
+            return LayerPunicaCPU(self, name, packed)
+        clusters, stored = self._eight_bit
+        form = Form.here(self._dtype, stored)
+        return LayerPunicaCPU(
+            self, name, packed, PackedLinear(packed.widths, packed.d_in, packed.rank, clusters, form, sigma)
+        )
 
 
 class LayerPunicaCPU(LayerPunica):
-    """Owns the layer's bases, laid out as the kernel reads them."""
+    """Owns the layer's bases, laid out as the kernel reads them, and those of 8 bits, which vLLM knows nothing of."""
 
     _shared: JDPunicaCPU
 
-    def __init__(self, shared: JDPunicaCPU, name: str, layer: Any, sigma: torch.Tensor, form: Form):
+    def __init__(self, shared: JDPunicaCPU, name: str, packed: PackedLinear, eight_bit: PackedLinear | None = None):
         super().__init__(shared, name)
-        self._packed = _take_over(layer, sigma, form)
+        self._packed, self._eight_bit = packed, eight_bit
+
+    def load_8_bits(self, layer: Any, parts: Sequence[QuantizedBasis | None], slot: int) -> None:
+        assert self._eight_bit is not None and self._eight_bit.form.eight_bit is not None
+        one = EightBitBases.beside(layer.lora_a_stacked, layer.lora_b_stacked, 1, self._eight_bit.form.eight_bit)
+        load_cluster(layer, one, parts, 0)
+        self._eight_bit.write_8_bits(slot, one)
 
     def add_lora_linear(
         self,
@@ -67,17 +93,18 @@ class LayerPunicaCPU(LayerPunica):
         torch.ops.vllm_jdlora.linear_cpu_(y, x, self.name)
 
     def run(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        groups = self._shared.groups
-        if groups.empty:
+        groups, eight_bit_groups = self._shared.groups, self._shared.eight_bit_groups
+        if groups.empty and eight_bit_groups.empty:
             return
         if x.shape[0] != groups.num_tokens:
             raise RuntimeError(f"the LoRA plan is for {groups.num_tokens} tokens and the layer got {x.shape[0]}")
-        if y.dtype == self._packed.form.stored:
-            self._packed.add_(y, x, groups)
-        else:
-            wide = y.float()
-            self._packed.add_(wide, x.float(), groups)
-            y.copy_(wide)
+        stored = self._packed.form.stored
+        wide_y, wide_x = y.to(stored), x.to(stored)  # themselves but for fp16
+        self._packed.add_(wide_y, wide_x, groups)
+        if self._eight_bit is not None:
+            self._eight_bit.add_(wide_y, wide_x, eight_bit_groups)
+        if wide_y is not y:
+            y.copy_(wide_y)
 
 
 def _take_over(layer: Any, sigma: torch.Tensor, form: Form) -> PackedLinear:
@@ -91,7 +118,7 @@ def _take_over(layer: Any, sigma: torch.Tensor, form: Form) -> PackedLinear:
     packed = PackedLinear([b.shape[2] for b in old_b], d_in, rank, slots, form, sigma)
     v = [torch.zeros_like(a[0, 0]) for a in old_a]
     u = [torch.zeros_like(b[0, 0]) for b in old_b]
-    layer.lora_a_stacked = tuple(stage.expand(slots, 1, *stage.shape) for stage in v)
+    layer.lora_a_stacked = ours = tuple(stage.expand(slots, 1, *stage.shape) for stage in v)
     layer.lora_b_stacked = tuple(stage.expand(slots, 1, *stage.shape) for stage in u)
 
     clear, write = layer.reset_lora, layer.set_lora
@@ -106,7 +133,8 @@ def _take_over(layer: Any, sigma: torch.Tensor, form: Form) -> PackedLinear:
             write(index, *args, **kwargs)
         finally:
             layer.reset_lora = reset_lora
-        packed.write(index, u, v)
+        if layer.lora_a_stacked is ours:  # and not a cluster's of 8 bits meanwhile
+            packed.write(index, u, v)
 
     layer.set_lora, layer.reset_lora = set_lora, reset_lora
     return packed

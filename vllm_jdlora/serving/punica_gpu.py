@@ -6,16 +6,19 @@ layer are behind its operators, so a CUDA graph holds all of them or none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm import envs
 
+from vllm_jdlora.collection.io import QuantizedBasis
 from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 from vllm_jdlora.kernels.packed_module import PackedModule
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
+from vllm_jdlora.serving.eight_bit_loading import load_cluster
 from vllm_jdlora.serving.punica import JDPunica, LayerPunica, define_operator, layer_of
 
 
@@ -78,6 +81,10 @@ class LayerPunicaGPU(LayerPunica):
         self.kernels, self.sigma = shared.kernels, sigma
         self.module = PackedModule.of(layer.lora_a_stacked, layer.lora_b_stacked, eight_bit)
         self.kernels.reserve(self.module)
+
+    def load_8_bits(self, layer: Any, parts: Sequence[QuantizedBasis | None], slot: int) -> None:
+        assert self.module.eight_bit is not None
+        load_cluster(layer, self.module.eight_bit, parts, slot)
 
     def add_lora_linear(
         self,
