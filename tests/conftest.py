@@ -14,6 +14,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _logged_for_caplog(request, monkeypatch):
-    """vLLM, once some test has imported it, keeps what its loggers get (ours among them) from the root logger."""
+    """Once some test has imported vLLM its loggers (ours among them) keep what they get from the root logger, and with
+    its API server comes a package that raises the root logger's level."""
     if "caplog" in request.fixturenames:
         monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+        request.getfixturevalue("caplog").set_level(logging.WARNING, logger="vllm.jdlora")
