@@ -47,7 +47,7 @@ def hostile_requests(names: list[str], context: int, seed: int) -> itertools.cha
 def _one_of_each(draw: random.Random, names: list[str], context: int) -> list[HostileRequest]:
     model = draw.choice([BASE, *names])
     good: dict[str, Any] = {"model": model, "prompt": "Once upon a time", "max_tokens": 4}
-    # A revision of the collection may be without this adapter, and a server looks for the model before it looks at the rest.
+    # A revision may be without this adapter, and a server looks for the model before it looks at the rest.
     bad = (400,) if model == BASE else (400, 404)
 
     def completion(kind: str, right: tuple[int, ...] = bad, **changes: Any) -> HostileRequest:
