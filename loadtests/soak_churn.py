@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections import Counter
@@ -54,11 +55,17 @@ class Operator:
         # To the bases of the first and to others, in both directions.
         self._revisions = itertools.cycle([1, 2, 1, 0, 2, 0])
 
-    async def run(self, over: Callable[[], bool], *, call_every: float, reload_every: float) -> None:
-        """A call on one adapter about every `call_every` seconds, a collection every `reload_every`, until `over`."""
+    async def run(
+        self, over: Callable[[], bool], *, call_every: float, reload_every: float, last_reload: float = math.inf
+    ) -> None:
+        """A call on one adapter about every `call_every` seconds, a collection every `reload_every`, until `over`.
+
+        last_reload: no reload begins after this (``time.perf_counter()``). The page of metrics names another revision
+        with the engine's next step, so requests should come after the last one.
+        """
         next_reload = time.perf_counter() + reload_every / 2
         while not over():
-            if time.perf_counter() >= next_reload:
+            if next_reload <= time.perf_counter() < last_reload:
                 await self.reload()
                 next_reload += reload_every
             else:

@@ -112,6 +112,7 @@ class Soak:
                         over,
                         call_every=self.args.calls,
                         reload_every=max(self.args.seconds / RELOADS, self.args.least_reload),
+                        last_reload=begin + 0.9 * self.args.seconds,
                     ),
                     watch.keep_looking(self.args.look, over),
                 )
