@@ -65,8 +65,7 @@ class Watch:
     seen: list[Seen] = field(default_factory=list)
 
     async def counters(self) -> Counters:
-        async with self.session.get(f"{self.url}/metrics") as response:
-            return read_counters(await response.text())
+        return read_counters(await self._page())
 
     async def look(self) -> Seen:
         text = await self._page()

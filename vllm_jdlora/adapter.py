@@ -25,7 +25,9 @@ _FLOATING = {"F16", "BF16", "F32"}
 _MAX_NAME_BYTES = 200
 _MOST_SECONDS = 10.0
 # Files may have holes: a terabyte of zeros costs nobody anything, and its reader everything.
-_MOST_TENSOR_BYTES, _MOST_FILE_BYTES = 4 << 30, 64 << 30
+MOST_FILE_BYTES = 64 << 30
+"""Most that an adapter's weights may have, with heads that were trained with it."""
+_MOST_TENSOR_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def read_adapter(path: Path, name: str | None = None) -> Adapter:
     plain_only = f"modules_to_save {config.heads}" if config.heads else None
     parameters = 0
     weights = TensorFile(weights_file)
-    if weights.identity.size > _MOST_FILE_BYTES:
+    if weights.identity.size > MOST_FILE_BYTES:
         raise JDLoRAError(f"{weights_file}: {weights.identity.size} bytes; no adapter is as large")
     for key in sorted(weights.tensors):
         parsed = _parse_tensor_name(key, weights_file)

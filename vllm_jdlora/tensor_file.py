@@ -25,7 +25,7 @@ import torch
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.json_file import parsed_object, short
 
-_MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_BYTES = 32 << 20
 """A hundred thousand tensors' worth; safetensors itself allows a header of 100 MB, which costs gigabytes to parse."""
 
 _BITS = {
@@ -136,7 +136,7 @@ class TensorFile:
         if size < 8:
             raise ValueError("it is too short")
         length = int.from_bytes(self._bytes(0, 8), "little")
-        if length > _MAX_HEADER_BYTES or length > size - 8:
+        if length > MAX_HEADER_BYTES or length > size - 8:
             raise ValueError(f"its header is said to take {length} bytes")
         text = self._bytes(8, length).decode("utf-8")
         if not text.startswith("{"):

@@ -30,7 +30,8 @@ from vllm_jdlora.peft_config import CONFIG_FILE
 from vllm_jdlora.tensor_file import Identity, TensorFile
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_MANIFEST_BYTES = 1 << 30
+MANIFEST_BYTES = 1 << 30
+"""Most that is read of a manifest."""
 _STORED_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _QUANTIZED_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
 
@@ -81,7 +82,7 @@ class Collection:
         path = Path(path)
         file = path / MANIFEST_FILE
         try:
-            text = read_text(file, _MANIFEST_BYTES)
+            text = read_text(file, MANIFEST_BYTES)
         except FileNotFoundError:
             raise JDLoRAError(
                 f"{path}: no {MANIFEST_FILE}; this is not a collection (make one: jdlora compress)"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.collection import Collection
-from vllm_jdlora.collection.io import written_atomically
+from vllm_jdlora.collection.io import MANIFEST_BYTES, written_atomically
 from vllm_jdlora.collection.schema import MANIFEST_FILE, CollectionManifest
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.hub.connection import hugging_face_hub, told
-from vllm_jdlora.hub.sizes import MANIFEST_BYTES, most_bytes
+from vllm_jdlora.hub.sizes import most_bytes
 from vllm_jdlora.json_file import read_text
 
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
