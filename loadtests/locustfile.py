@@ -9,6 +9,7 @@ Its statistics have the time to the first token (``TTFT``), the mean time for ea
 a tab of the web page, lines on the terminal, and ``PREFIX_traffic.csv`` beside the files of ``--csv``. Users ask one
 request after the other; with ``--arrivals gamma:…`` they wait for the trace's times, which takes as many users as there
 may be requests at once. Every worker process of a distributed run has a trace of its own, and its rate.
+``--requests`` ends a test by its work and not by the clock, so that no request is cut off.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import gevent
 from geventhttpclient import HTTPClient
 from locust import User, events, task
+from locust.exception import StopUser
 from locust.runners import WorkerRunner
 from openai_client import AnswerReader, Timing, request_body
 from served_models import ask_models, read_names
@@ -37,6 +39,7 @@ from workload import BASE, Trace, add_arguments, generate, spec_of
 from vllm_jdlora.errors import JDLoRAError
 
 TAB = "traffic"
+SPENT = "spent"
 API_KEY = os.environ.get("OPENAI_API_KEY")
 
 
@@ -60,11 +63,23 @@ class Traffic:
         worker = max(0, getattr(environment.runner, "worker_index", 0))
         self.trace: Trace = generate(spec.with_seed(spec.seed + worker))
         self.begin = time.perf_counter()
-        self._numbers: Iterator[int] = itertools.count()
+        self._numbers: Iterator[int] = itertools.count() if options.requests is None else iter(range(options.requests))
+        self.answered = 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether all of ``--requests`` are answered."""
+        return self.answered == self.options.requests
 
     def next_request(self) -> tuple[float, str, str | list[int], int, str]:
-        """(when it is due by ``time.perf_counter()``, model, prompt, output tokens, what Locust calls it)."""
-        round_, index = divmod(next(self._numbers), len(self.trace.requests))
+        """(when it is due by ``time.perf_counter()``, model, prompt, output tokens, what Locust calls it).
+
+        Raises:
+            StopUser: there have been as many as ``--requests`` says.
+        """
+        if (number := next(self._numbers, None)) is None:
+            raise StopUser
+        round_, index = divmod(number, len(self.trace.requests))
         request = self.trace.requests[index]
         due = self.begin + round_ * self.trace.requests[-1].at + request.at
         vocabulary = self.options.vocabulary
@@ -81,6 +96,7 @@ def add_flags(parser: Any) -> None:
     # The web page edits flags of one value only.
     flags: Any = SimpleNamespace(add_argument=partial(parser.add_argument, include_in_web_ui=False))
     add_arguments(flags)
+    flags.add_argument("--requests", type=int, help="of each process, then the test ends; default: until --run-time")
     flags.add_argument("--trace-requests", type=int, default=10_000, help="after so many the traffic begins again")
     flags.add_argument("--adapters-file", help="names, one a line; default: what the server lists")
     flags.add_argument("--base", help="name of the base model, where the server does not say")
@@ -111,11 +127,19 @@ def begin_traffic(environment: Any, **_: Any) -> None:
         gevent.spawn(environment.runner.quit)
         raise
     environment.traffic_totals = environment.traffic.totals
+    environment.spent_workers = set()
+
+
+def end(environment: Any) -> None:
+    """Of the test; without the web page also of Locust. Users are waited for, so not from one of them."""
+    runner = environment.runner
+    gevent.spawn(runner.quit if environment.parsed_options.headless else runner.stop)
 
 
 def report(environment: Any, client_id: str, data: dict[str, Any]) -> None:
-    """A worker's totals since its last report go to the master."""
+    """A worker's totals since its last report go to the master, and whether there will be more."""
     data[TAB] = environment.traffic_totals.as_json()
+    data[SPENT] = hasattr(environment, "traffic") and environment.traffic.spent
     environment.traffic_totals = TrafficTotals()
     if hasattr(environment, "traffic"):
         environment.traffic.totals = environment.traffic_totals
@@ -123,6 +147,10 @@ def report(environment: Any, client_id: str, data: dict[str, Any]) -> None:
 
 def collect(environment: Any, client_id: str, data: dict[str, Any]) -> None:
     environment.traffic_totals.add_totals(data[TAB])
+    if data[SPENT]:
+        environment.spent_workers.add(client_id)
+        if len(environment.spent_workers) == environment.runner.worker_count:
+            end(environment)
 
 
 @events.quitting.add_listener
@@ -181,6 +209,9 @@ class AdapterUser(User):
         options = {} if traffic.options.until_eos else {"ignore_eos": True}
         timing = self._answer(*request_body(model, prompt, tokens, **options), model)
         traffic.totals.add(timing, slo=traffic.options.ttft_slo, now=time.time())
+        traffic.answered += 1
+        if traffic.spent and not isinstance(self.environment.runner, WorkerRunner):
+            end(self.environment)
         self._tell("end-to-end", name, timing.seconds, RequestFailed(timing.error) if timing.error else None)
         if timing.error:
             gevent.sleep(0.1)  # a server that refuses must not be asked thousands of times a second

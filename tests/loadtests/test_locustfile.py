@@ -105,6 +105,20 @@ def test_two_processes_add_up_and_a_missed_limit_is_the_exit_code(server, tmp_pa
     assert {body["model"] for body in bodies} == {"good", "also-good"}
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_number_of_requests_ends_the_test_when_each_has_its_whole_answer(server, tmp_path, processes):
+    url, bodies = server
+    names = tmp_path / "names"
+    names.write_text("good\nalso-good\n")
+    work = ("--headless", "--users=4", "--spawn-rate=4", "--requests=11", "--output-tokens", "3", "6")
+    more = ("--processes=2",) if processes > 1 else ()
+    run = locust(url, *work, *more, "--adapters-file", str(names), "--csv", str(tmp_path / "out"))
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    (totals,) = rows(tmp_path / "out_traffic.csv")
+    assert int(totals["requests"]) == len(bodies) == 11 * processes and totals["errors"] == ""
+
+
 def test_the_web_page_shows_the_totals(server):
     url, _ = server
     port = free_port()
