@@ -19,7 +19,6 @@ from vllm_jdlora.kernels import cpu_body, cpu_pages, cpu_threads
 from vllm_jdlora.kernels.cpu_layout import BLOCK, Form, lay_u, lay_v
 from vllm_jdlora.kernels.cpu_tiles import PIECE
 from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
-from vllm_jdlora.kernels.triton_widen import UNIT
 
 _MOST = cpu_body.GROUP
 # Groups that each thread has at least, where there are tokens for them.
@@ -167,7 +166,7 @@ class PackedLinear:
         for laid, part in zip(self._u, bases.u, strict=True):
             lay_u(self.form, part[0, 0].view(torch.int8), laid[cluster])
         for laid, scale in zip(self._scales[cluster], (bases.v_scale, bases.u_scale), strict=True):
-            laid[: scale[0].numel()] = scale[0].flatten() / UNIT[bases.dtype]
+            laid[: scale[0].numel()] = scale[0].flatten()
 
     def add_(self, y: torch.Tensor, x: torch.Tensor, groups: TokenGroups) -> None:
         """``y[t] += U[c(t)] · (Σ[s(t)] · (V[c(t)] · x[t]))`` in place (meaning: ``reference.jd_linear``).

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.kernels.eight_bit_bases import WidenedBases
 from vllm_jdlora.kernels.packed_module import PackedModule
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
@@ -110,7 +110,7 @@ def make_problem(
     all_v, all_u = [s[:, 0].cpu() for s in v], [s[:, 0].cpu() for s in u]
     bases = None
     if eight_bit is not None:
-        bases = EightBitBases.beside(v, u, clusters, eight_bit)
+        bases = WidenedBases.beside(v, u, clusters, eight_bit)
         for i in range(len(widths)):
             # Each direction has a scale of its own, and a tenth of int8's numbers lies at the end of its range.
             for stack in (bases.v[i], bases.u[i]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.kernels.eight_bit_bases import WidenedBases
 
 BLOCK_COLUMNS = 128
 """Columns of y that one program of the expand writes."""
@@ -33,7 +33,7 @@ class PackedModule:
 
     v: tuple[torch.Tensor, ...]
     u: tuple[torch.Tensor, ...]
-    eight_bit: EightBitBases | None
+    eight_bit: WidenedBases | None
     v_pointers: torch.Tensor
     u_pointers: torch.Tensor
     columns: torch.Tensor
@@ -48,13 +48,13 @@ class PackedModule:
 
     @classmethod
     def of(
-        cls, v: Sequence[torch.Tensor], u: Sequence[torch.Tensor], eight_bit: EightBitBases | None = None
+        cls, v: Sequence[torch.Tensor], u: Sequence[torch.Tensor], eight_bit: WidenedBases | None = None
     ) -> PackedModule:
         """
         Args:
             v: for each slice V [clusters, 1, R′, d_in].
             u: for each slice U [clusters, 1, d_out, R].
-            eight_bit: clusters before those of v and u; ``EightBitBases.beside`` them.
+            eight_bit: clusters before those of v and u; ``WidenedBases.beside`` them.
 
         Raises:
             JDLoRAError: stacks that the kernels cannot read: other dtypes than fp16 and bf16, slices that differ in

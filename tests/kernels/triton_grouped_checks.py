@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.kernels import reference, triton_expand, triton_grouped, triton_shrink, triton_sigma
-from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.kernels.eight_bit_bases import WidenedBases
 from vllm_jdlora.kernels.gpu_problem import Problem, make_problem
 from vllm_jdlora.kernels.packed_module import PackedModule
 from vllm_jdlora.kernels.triton_grouped import fuses_scaling
@@ -352,9 +352,9 @@ def test_bases_of_another_layout_are_refused(change, message):
 def test_8_bits_of_another_shape_or_number_are_refused():
     v, u = [torch.zeros(1, 1, 16, 32).half()], [torch.zeros(1, 1, 48, 16).half()]
     with pytest.raises(JDLoRAError, match="int8 or float8_e4m3fn"):
-        EightBitBases.beside(v, u, 3, torch.float8_e5m2)
+        WidenedBases.beside(v, u, 3, torch.float8_e5m2)
     with pytest.raises(JDLoRAError, match="shapes of the 16-bit ones"):
-        PackedModule.of(v, u, EightBitBases.beside(v, [u[0][:, :, :16]], 3, torch.int8))
+        PackedModule.of(v, u, WidenedBases.beside(v, [u[0][:, :, :16]], 3, torch.int8))
 
 
 def test_rows_of_another_layout_and_a_plan_for_more_tokens_are_refused():

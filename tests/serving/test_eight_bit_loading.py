@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 from vllm_jdlora.collection import quantize
 from vllm_jdlora.collection.io import QuantizedBasis
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.kernels.eight_bit_bases import EightBitBases, WidenedBases
 from vllm_jdlora.kernels.triton_widen import UNIT
 from vllm_jdlora.serving import engine_settings
 from vllm_jdlora.serving.eight_bit_loading import load_cluster
@@ -45,19 +45,28 @@ def stored(kind: str, seed: int) -> tuple[QuantizedBasis, torch.Tensor, torch.Te
     return QuantizedBasis(u.mT.contiguous(), v, u_scale, v_scale), *read
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_each_worker_gets_its_rows_and_their_scales(kind):
-    layer, dtype = ShardedLayer(), quantize.STORED[kind]
+@pytest.mark.parametrize(
+    ("buffers", "kind", "unit"),
+    [
+        (EightBitBases, "int8", 1),
+        (EightBitBases, "fp8", 1),
+        (WidenedBases, "int8", UNIT[torch.int8]),
+        (WidenedBases, "fp8", UNIT[torch.float8_e4m3fn]),
+    ],
+)
+def test_each_worker_gets_its_rows_and_their_scales(buffers, kind, unit):
+    """Where kernels widen a number to its ``UNIT``-th part, the scale is as many times larger."""
+    layer = ShardedLayer()
     wide = layer.lora_a_stacked, layer.lora_b_stacked
-    bases = EightBitBases.beside(*wide, CLUSTERS, dtype)
+    bases = buffers.beside(*wide, CLUSTERS, quantize.STORED[kind])
     basis, u, v = stored(kind, 0)
     for cluster in range(CLUSTERS):  # the collection has nothing for the first slice; slots hold clusters in any order
         load_cluster(layer, bases, [None, basis.at(cluster)], CLUSTERS - 1 - cluster)
     assert (layer.lora_a_stacked, layer.lora_b_stacked) == wide
     assert not bases.v[0].float().any() and not bases.v_scale[:, 0].any()
-    seen_v = bases.v[1][:, 0].float() * bases.v_scale[:, 1, :, None] / UNIT[dtype]
-    seen_u = bases.u[1][:, 0].float() * bases.u_scale[:, 1, None, :] / UNIT[dtype]
-    # Scales are multiplied with a power of two and back: to the bit. The buffers are wider than the collection.
+    seen_v = bases.v[1][:, 0].float() / unit * bases.v_scale[:, 1, :, None]
+    seen_u = bases.u[1][:, 0].float() / unit * bases.u_scale[:, 1, None, :]
+    # A power of two takes no bit. The buffers are wider than the collection.
     v, u = v.flip(0), u.flip(0)
     assert torch.equal(seen_v[:, :2], v[:, 4:]) and not seen_v[:, 2:].any()
     assert torch.equal(seen_u[..., :RANK], u[:, D_OUT // 2 :]) and not seen_u[..., RANK:].any()

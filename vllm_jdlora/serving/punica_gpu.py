@@ -14,7 +14,7 @@ import torch
 from vllm import envs
 
 from vllm_jdlora.collection.io import QuantizedBasis
-from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
+from vllm_jdlora.kernels.eight_bit_bases import WidenedBases
 from vllm_jdlora.kernels.packed_module import PackedModule
 from vllm_jdlora.kernels.token_tiles import TokenTiles
 from vllm_jdlora.kernels.triton_grouped import GroupedLoRA
@@ -66,7 +66,7 @@ class JDPunicaGPU(JDPunica):
     def _wrapper(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaGPU:
         bases = None
         if self._eight_bit is not None:
-            bases = EightBitBases.beside(layer.lora_a_stacked, layer.lora_b_stacked, *self._eight_bit)
+            bases = WidenedBases.beside(layer.lora_a_stacked, layer.lora_b_stacked, *self._eight_bit)
         return LayerPunicaGPU(self, name, layer, sigma, bases)
 
 
@@ -75,7 +75,7 @@ class LayerPunicaGPU(LayerPunica):
     of."""
 
     def __init__(
-        self, shared: JDPunicaGPU, name: str, layer: Any, sigma: torch.Tensor, eight_bit: EightBitBases | None = None
+        self, shared: JDPunicaGPU, name: str, layer: Any, sigma: torch.Tensor, eight_bit: WidenedBases | None = None
     ):
         super().__init__(shared, name)
         self.kernels, self.sigma = shared.kernels, sigma
