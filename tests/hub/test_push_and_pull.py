@@ -13,6 +13,7 @@ import pytest
 from tests import tiny_llama
 from tests.hub.local_hub import LocalHub
 from vllm_jdlora.cli import main
+from vllm_jdlora.hub import pull as pulling
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -84,6 +85,10 @@ def pushed(hub, collection):
 
 def told(capsys) -> str:
     return capsys.readouterr().err
+
+
+def stop(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def contents(folder):
@@ -236,10 +241,26 @@ def test_what_was_left_of_another_commit_is_not_taken(pushed, collection, tmp_pa
     assert contents(tmp_path / "back") == contents(tmp_path / "next")
 
 
-def test_a_pull_that_is_stopped_says_what_is_kept(pushed, tmp_path, monkeypatch, capsys):
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
+def test_what_is_there_of_another_commit_does_not_stand_for_files_that_the_hub_does_not_give(
+    pushed, collection, tmp_path, monkeypatch, capsys
+):
+    """huggingface_hub takes a file that is there for the one that it cannot ask for."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pulling, "Collection", SimpleNamespace(open=stop))  # when all has come
+        assert pull(pushed, tmp_path / "back") == 130
+    assert main(["remove", str(collection), "a0", "-o", str(tmp_path / "next")]) == 0
+    assert push(pushed, tmp_path / "next") == 0
+    pushed.silent = set(pushed.files)
+    capsys.readouterr()
+    assert pull(pushed, tmp_path / "back") == 2
+    assert "cannot be reached" in told(capsys) and not (tmp_path / "back").exists()
+    pushed.silent = set()
+    assert pull(pushed, tmp_path / "back") == 0
+    assert contents(tmp_path / "back") == contents(tmp_path / "next")
 
+
+def test_a_pull_that_is_stopped_says_what_is_kept(pushed, tmp_path, monkeypatch, capsys):
     pull_one = huggingface_hub.hf_hub_download
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda r, n, **k: (stop if n[0] == "b" else pull_one)(r, n, **k)
@@ -269,6 +290,29 @@ def test_of_two_pushes_at_once_the_second_is_refused(hub, collection, capsys):
     hub.exists, hub.other_push = True, True
     assert push(hub, collection) == 2
     assert "another commit meanwhile" in told(capsys) and not hub.files
+
+
+@pytest.mark.parametrize("uploads", [1, 4])
+def test_a_collection_that_is_replaced_while_it_is_uploaded_is_not_committed(hub, collection, capsys, uploads):
+    """`jdlora remove` and the like put another folder in its place, whose files have other bytes by the same names."""
+    replaced: list[int] = []
+
+    def replace():
+        if len(hub.blobs) == uploads and not replaced:
+            replaced.append(main(["remove", str(collection), "a0"]))
+
+    hub.on_upload = replace
+    assert push(hub, collection) == 2
+    assert replaced == [0] and "was replaced while it was pushed; push again" in told(capsys)
+    assert not hub.files
+    assert push(hub, collection) == 0
+    assert {name: hub.files[name] for name in contents(collection)} == contents(collection)
+
+
+def test_a_file_that_is_written_over_after_the_check_is_not_committed(hub, collection, capsys):
+    hub.on_create = lambda: (collection / "bases.safetensors").write_bytes(b"other")
+    assert push(hub, collection) == 2
+    assert "bases.safetensors: was changed while it was pushed" in told(capsys) and not hub.files
 
 
 def test_pushing_what_is_there_makes_no_commit_and_a_branch_can_be_named(pushed, collection, tmp_path):
