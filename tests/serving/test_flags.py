@@ -16,7 +16,7 @@ from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving import starting_collection, startup_build
+from vllm_jdlora.serving import engine_settings, starting_collection, startup_build
 from vllm_jdlora.serving.adapter_names import enter_collection
 from vllm_jdlora.serving.engine_settings import SCHEDULER, WORKER, apply_to_engine_args
 from vllm_jdlora.serving.flags import apply_flags
@@ -120,6 +120,28 @@ def test_who_waits_for_scarce_slots_can_be_chosen(parser, files, flags, age_cap,
     args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}", *flags)
     options = ServingOptions.from_additional_config(engine_args(args).additional_config)
     assert (options.age_cap, options.cluster_order) == (age_cap, cluster_order)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "asked", "on_cpu", "bits"),
+    [
+        ("none", None, True, 16),
+        ("int8", None, True, 8),
+        ("fp8", None, True, 8),
+        ("int8", None, False, 16),
+        ("int8", 16, True, 16),
+        ("int8", 8, False, 8),
+    ],
+)
+def test_bases_of_a_quantised_collection_stay_in_8_bits_on_cpu_unless_asked_for_otherwise(
+    parser, files, monkeypatch, tmp_path, quantize, asked, on_cpu, bits
+):
+    monkeypatch.setattr(engine_settings, "_on_cpu", lambda: on_cpu)
+    adapters = [read_adapter(f) for f in sorted(files["dir"].iterdir())]
+    collection = compress(adapters, tmp_path / "c", rank=4, clusters=1, quantize=quantize)
+    flags = ["--lora-compression=jd", f"--lora-collection={collection.path}"]
+    args = parse(parser, files, *flags, *([f"--jd-base-bits={asked}"] if asked else []))
+    assert ServingOptions.from_additional_config(engine_args(args).additional_config).base_bits == bits
 
 
 def test_settings_may_be_applied_twice(parser, files):
