@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, SliceShape, file_digest
 from vllm_jdlora.collection import Collection
-from vllm_jdlora.collection.io import written_atomically
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.rewrite import Draft
 from vllm_jdlora.collection.schema import MANIFEST_FILE, AdapterEntry, BaseModel, CollectionManifest, scalings_file
 from vllm_jdlora.collection.stream import write_streamed

@@ -18,8 +18,8 @@ from tests import tiny_llama
 from vllm_jdlora.adapter import WEIGHTS_FILE, file_digest, read_adapter
 from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.build import compress
-from vllm_jdlora.collection.io import written_atomically
 from vllm_jdlora.collection.schema import BASES_FILE, MANIFEST_FILE
 from vllm_jdlora.errors import JDLoRAError
 

@@ -12,8 +12,8 @@ import pytest
 from tests import tiny_llama
 from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.build import compress
-from vllm_jdlora.collection.io import written_atomically
 from vllm_jdlora.errors import JDLoRAError
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_jdlora.adapter import SliceShape
-from vllm_jdlora.collection.io import written_atomically
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.rewrite import write_new
 from vllm_jdlora.collection.schema import MANIFEST_FILE, AdapterEntry, BaseModel
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from vllm_jdlora.adapter import Adapter, SliceShape, copy_files
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.base_model import of_one_base_model
-from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
+from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
 from vllm_jdlora.collection.job import ByteLimit, KeptPlain, Options, Progress, job_for
 from vllm_jdlora.collection.schema import (
     MANIFEST_FILE,

@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from vllm_jdlora.adapter import WEIGHTS_FILE
-from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
+from vllm_jdlora.collection.atomic_folder import written_atomically
+from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.peft_config import CONFIG_FILE
 

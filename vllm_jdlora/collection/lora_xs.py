@@ -26,9 +26,10 @@ from vllm_jdlora.adapter import (
     content_digest,
     folder_name,
 )
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.base_model import of_one_base_model
 from vllm_jdlora.collection.base_weights import BaseWeights
-from vllm_jdlora.collection.io import TORCH_DTYPES, Collection, written_atomically
+from vllm_jdlora.collection.io import TORCH_DTYPES, Collection
 from vllm_jdlora.collection.rewrite import adapter_entry, common_slices, write_new
 from vllm_jdlora.collection.schema import MANIFEST_FILE
 from vllm_jdlora.errors import JDLoRAError

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, SliceShape, copy_files, file_digest
-from vllm_jdlora.collection.io import Collection, written_atomically
+from vllm_jdlora.collection.atomic_folder import written_atomically
+from vllm_jdlora.collection.io import Collection
 from vllm_jdlora.collection.job import adapter_entry
 from vllm_jdlora.collection.schema import (
     BASES_FILE,

@@ -6,13 +6,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import starmap
-from operator import attrgetter, itemgetter
 from typing import Any
 
 from vllm_jdlora.adapter import SliceShape, check_adapter_name
+from vllm_jdlora.collection.json_objects import as_json, object_of, objects_of
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.json_file import parsed_object, short
 
@@ -174,7 +173,7 @@ class CollectionManifest:
     def _content(self) -> dict[str, Any]:
         """All but the revision, as JSON says it. ``asdict`` would copy every number."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "revision"}
-        lists = {name: _as_objects(kind, fields[name]) for name, kind in _LISTS.items()}
+        lists = {name: as_json(kind, fields[name]) for name, kind in _LISTS.items()}
         calibration = None if self.calibration is None else asdict(self.calibration)
         return fields | lists | {"base_model": asdict(self.base_model), "calibration": calibration}
 
@@ -223,12 +222,12 @@ class CollectionManifest:
         _require(isinstance(raw.get("revision"), str) and raw["revision"], "there is no revision")
         for field, kind in _LISTS.items():
             _require(isinstance(raw.get(field), list), f"{field} must be a list")
-            raw[field] = _entries(kind, raw[field], field)
-        raw["base_model"] = _entry(BaseModel, raw.get("base_model"), "base_model")
+            raw[field] = objects_of(kind, raw[field], field)
+        raw["base_model"] = object_of(BaseModel, raw.get("base_model"), "base_model")
         if raw.get("calibration") is not None:
-            raw["calibration"] = _entry(Calibration, raw["calibration"], "calibration")
+            raw["calibration"] = object_of(Calibration, raw["calibration"], "calibration")
         _require(isinstance(raw.get("files"), dict), "files must be an object")
-        manifest: CollectionManifest = _entry(cls, raw, "the manifest")
+        manifest: CollectionManifest = object_of(cls, raw, "the manifest")
         # Other layouts, as those of older versions, say the same and take a little longer to compare.
         sealed = manifest._is_digest_of(text) or manifest.revision == manifest._digest()
         _require(sealed, "the revision does not belong to its content")
@@ -249,54 +248,6 @@ def _require_format(version: object) -> None:
 
 def scalings_file(shard: int) -> str:
     return f"scalings-{shard:05d}.safetensors"
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "str": (str,),
-    "float": (int, float),
-    "str | None": (str, type(None)),
-    "float | None": (int, float, type(None)),
-}
-
-
-def _entries(kind: Any, items: list[Any], where: str) -> tuple[Any, ...]:
-    """One of `kind` for each item. Items that are as they should be are told by columns, not one by one."""
-    fields = kind.__dataclass_fields__
-    if all(type(item) is dict for item in items) and all(set(k) == set(fields) for k in set(map(tuple, items))):
-        found = ((_allowed(field), set(map(type, map(itemgetter(name), items)))) for name, field in fields.items())
-        if all(types.issubset(allowed) for allowed, types in found):
-            return tuple(starmap(kind, map(itemgetter(*fields), items)))
-    return tuple(_entry(kind, item, where) for item in items)
-
-
-def _entry(kind: Any, raw: Any, where: str) -> Any:
-    _require(isinstance(raw, dict), f"{where} must hold JSON objects")
-    fields = kind.__dataclass_fields__
-    if unknown := sorted(set(raw) - set(fields)):
-        raise JDLoRAError(f"{where} does not know {', '.join(map(short, unknown[:5]))}")
-    for name, field in fields.items():
-        if name not in raw:
-            _require(field.default is not field.default_factory, f"{where} lacks {name!r}")
-            continue
-        expected = _allowed(field)
-        value = raw[name]
-        if expected and (not isinstance(value, expected) or isinstance(value, bool)):
-            raise JDLoRAError(f"{where}: {name} is {short(value)}")
-    try:
-        return kind(**raw)
-    except (TypeError, AttributeError, OverflowError) as error:
-        raise JDLoRAError(f"{where} is incomplete or of the wrong types ({error})") from error
-
-
-def _allowed(field: Any) -> tuple[type, ...]:
-    """The types that JSON may give for a field; none where it is built of others."""
-    return _TYPES.get(getattr(field.type, "__name__", field.type), ())
-
-
-def _as_objects(kind: Any, entries: Iterable[Any]) -> list[dict[str, Any]]:
-    names = tuple(kind.__dataclass_fields__)
-    return [dict(zip(names, values, strict=True)) for values in map(attrgetter(*names), entries)]
 
 
 def _as_lines(value: Any) -> str:

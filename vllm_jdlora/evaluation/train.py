@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, file_digest
-from vllm_jdlora.collection.io import written_atomically
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.scored_logits import scored_logits
 from vllm_jdlora.evaluation.tasks import read_task

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter
-from vllm_jdlora.collection.io import written_atomically
+from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.peft_config import CONFIG_FILE
 
 

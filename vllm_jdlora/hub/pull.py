@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.collection import Collection
-from vllm_jdlora.collection.io import MANIFEST_BYTES, written_atomically
+from vllm_jdlora.collection.atomic_folder import written_atomically
+from vllm_jdlora.collection.io import MANIFEST_BYTES
 from vllm_jdlora.collection.schema import MANIFEST_FILE, CollectionManifest
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.hub.connection import hugging_face_hub, told
