@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from vllm_jdlora.collection.schema import METRIC_ERRORS
 from vllm_jdlora.jd.passes import mean_energies
 from vllm_jdlora.jd.problem import Factors, SliceProblem
 from vllm_jdlora.jd.slice_fit import METHODS
+from vllm_jdlora.known_mean import mean_of_known
 
 # Arrivals that fit about as well as the stored adapters give no reason to look further.
 _MARGIN = 1.1
@@ -92,24 +94,24 @@ def drift(
     metric is not known (they were added without moments) do not count.
     """
     entries = collection.manifest.adapters
-    stored = torch.tensor([entry.relative_error for entry in entries], dtype=torch.float64)
-    if metrics is not None:
-        known = [float("nan") if entry.output_error is None else entry.output_error for entry in entries]
-        stored = torch.tensor(known, dtype=torch.float64)
+    stored = [entry.relative_error if metrics is None else entry.output_error for entry in entries]
     labels = torch.tensor([entry.cluster for entry in entries])
+    of_cluster: defaultdict[int, list[float | None]] = defaultdict(list)
+    for entry, error in zip(entries, stored, strict=True):
+        of_cluster[entry.cluster].append(error)
     clusters = tuple(
         ClusterDrift(
             cluster=k,
-            stored=int((labels == k).sum()),
+            stored=len(of_cluster[k]),
             arrivals=int((found.cluster == k).sum()),
-            stored_error=_mean(stored[labels == k]),
+            stored_error=mean_of_known(of_cluster[k]),
             arrivals_error=float(found.judged[found.cluster == k].mean()),
         )
         for k in found.cluster.unique().tolist()
     )
     own = collection.manifest.metric
     result = Drift(
-        _mean(stored),
+        mean_of_known(stored),
         float(found.judged.mean()),
         clusters,
         kind=METRIC_ERRORS["frobenius" if metrics is None else own],
@@ -117,16 +119,10 @@ def drift(
     if result.fit or (metrics is None and own != "frobenius"):
         return result
     now, then = _probed(collection, arrivals, found, originals or {}, labels, metrics)
-    everyone = torch.cat([stored, found.judged])
-    mean = float(everyone[~everyone.isnan()].mean())
+    mean = mean_of_known([*stored, *found.judged.tolist()])
+    assert mean is not None, "there are arrivals"
     # A few slices may be better or worse than most: only their ratio is used.
     return replace(result, before_rebuild=mean, after_rebuild=mean * then / now)
-
-
-def _mean(errors: Tensor) -> float | None:
-    """Of those that are known; None where none is."""
-    known = errors[~errors.isnan()]
-    return float(known.mean()) if len(known) else None
 
 
 def _probed(

@@ -23,6 +23,7 @@ from vllm_jdlora.collection.rewrite import (
 from vllm_jdlora.collection.schema import METRIC_ERRORS, AdapterEntry, PlainEntry
 from vllm_jdlora.collection.second_moments import SecondMoments
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.known_mean import mean_of_known
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ def refresh(
             changed=tuple(a.name for a in at_hand.values() if content.get(a.name, a.sha256) != a.sha256),
             moved=tuple(e.name for e in entries if e.cluster != cluster_before.get(e.name, e.cluster)),
             surrogates=tuple(m.name for m in members if m.adapter is None),
-            error_before=_mean([a.relative_error for a in manifest.adapters]) or 0.0,
-            error_after=_mean([e.relative_error for e in entries]) or 0.0,
-            output_before=_mean([a.output_error for a in manifest.adapters]),
-            output_after=_mean([e.output_error for e in entries]),
+            error_before=mean_of_known([a.relative_error for a in manifest.adapters]) or 0.0,
+            error_after=mean_of_known([e.relative_error for e in entries]) or 0.0,
+            output_before=mean_of_known([a.output_error for a in manifest.adapters]),
+            output_after=mean_of_known([e.output_error for e in entries]),
         )
 
 
@@ -170,11 +171,6 @@ def _entries(
             entries.append(adapter_entry(member.adapter, cluster, error, output))
         kept.append(i)
     return entries, kept, plain
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _quiet(stage: str, done: int, total: int) -> None:

@@ -15,11 +15,12 @@ from vllm_jdlora.adapter import Adapter
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.model import SwitchableModel
 from vllm_jdlora.evaluation.output_error import digest, error
-from vllm_jdlora.evaluation.records import Record, RecordFile, mean
+from vllm_jdlora.evaluation.records import Record, RecordFile
 from vllm_jdlora.evaluation.scoring import MAX_NEW_TOKENS, Score, score
 from vllm_jdlora.evaluation.tasks import END_OF_TURN, Task, read_task
 from vllm_jdlora.evaluation.text_metrics import rouge_l
 from vllm_jdlora.evaluation.variant import Update, Variant, uncompressed
+from vllm_jdlora.known_mean import mean_of_known
 
 BASE, UNCOMPRESSED = "base", "uncompressed"
 """Names of the two variants that everything is compared with."""
@@ -87,8 +88,8 @@ class Evaluation:
             variant=variant.name,
             bytes=variant.bytes,
             adapters=len(self.adapters),
-            agreement=mean(agrees),
-            agreement_with_base=mean(with_base),
+            agreement=mean_of_known(agrees),
+            agreement_with_base=mean_of_known(with_base),
             agrees=agrees,
         )
         self.results.add(record)
@@ -141,8 +142,8 @@ class Evaluation:
             **self._errors(update, original),
             loss=sum(s.loss * s.tokens for s in scores) / tokens,
             token_accuracy=sum(s.correct for s in scores) / tokens,
-            exact_match=mean(exact),
-            rouge_l=mean(rouge),
+            exact_match=mean_of_known(exact),
+            rouge_l=mean_of_known(rouge),
             agreement=None,
             agreement_with_base=None,
             losses=[round(s.loss, 6) for s in scores],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.errors import JDLoRAError
+from vllm_jdlora.known_mean import mean_of_known
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def first_items(record: Record, count: int | None, *, answers: bool = True) -> R
         record,
         loss=sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens),
         token_accuracy=sum(correct) / sum(tokens),
-        exact_match=mean(exact),
-        rouge_l=mean(rouge),
-        agreement=mean(agrees),
+        exact_match=mean_of_known(exact),
+        rouge_l=mean_of_known(rouge),
+        agreement=mean_of_known(agrees),
         agreement_with_base=None,
         losses=losses,
         tokens=tokens,
@@ -81,12 +82,6 @@ def first_items(record: Record, count: int | None, *, answers: bool = True) -> R
         agrees=agrees,
         answers=record.answers[:few],
     )
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Of the values there are; None where there is none."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 class RecordFile:

@@ -9,7 +9,8 @@ import numpy as np
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.evaluate import UNCOMPRESSED
-from vllm_jdlora.evaluation.records import Record, mean
+from vllm_jdlora.evaluation.records import Record
+from vllm_jdlora.known_mean import mean_of_known
 
 RESAMPLES = 2000
 _Items = Callable[[Record], tuple[Sequence[float], Sequence[float] | None]]
@@ -92,14 +93,14 @@ def _row(variant: str, pairs: list[tuple[Record, Record]], resamples: int, seed:
         adapters=len(records),
         bytes_per_adapter=records[0].bytes_per_adapter,
         share_of_bytes=records[0].bytes_per_adapter / pairs[0][1].bytes_per_adapter,
-        relative_error=mean([r.relative_error for r in records]) or 0.0,
-        output_error=mean([r.output_error for r in records]),
-        loss=mean([r.loss for r in records]) or 0.0,
-        token_accuracy=mean([r.token_accuracy for r in records]) or 0.0,
-        exact_match=mean([r.exact_match for r in records]),
-        rouge_l=mean([r.rouge_l for r in records]),
-        agreement=mean([r.agreement for r in records]),
-        agreement_with_base=mean([r.agreement_with_base for r in records]),
+        relative_error=mean_of_known([r.relative_error for r in records]) or 0.0,
+        output_error=mean_of_known([r.output_error for r in records]),
+        loss=mean_of_known([r.loss for r in records]) or 0.0,
+        token_accuracy=mean_of_known([r.token_accuracy for r in records]) or 0.0,
+        exact_match=mean_of_known([r.exact_match for r in records]),
+        rouge_l=mean_of_known([r.rouge_l for r in records]),
+        agreement=mean_of_known([r.agreement for r in records]),
+        agreement_with_base=mean_of_known([r.agreement_with_base for r in records]),
         loss_change=loss_change,
         relative_token_accuracy=ratio(_correct),
         relative_exact_match=ratio(_exact) if with_answers else None,
