@@ -17,14 +17,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench_conditions import ROOT, available_bytes, conditions, default_dtype, default_model
+import bench_results
+from bench_conditions import ROOT, add_model_flags, available_bytes, conditions, default_dtype, default_model
 from bench_engine import Engine, EngineDied, Workload, stop_on_termination
 from bench_report import Group, as_json, goals_of, print_tables, ratios_of
 from bench_rows import RANK, ROWS, Row, Workplace, groups_of
+from plot_bench import PICTURE, RESULTS, plot
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.evaluation.records import append_line
 
 
 def workloads_of(args: argparse.Namespace) -> list[Workload]:
@@ -111,10 +112,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="concurrent requests in decode")
     parser.add_argument("--quick", action="store_true", help="one round of 8 tokens each: does it run?")
     parser.add_argument("--adapters", type=Path, default=ROOT / "demo" / "adapters", help="PEFT adapters of (c8), (d8)")
-    parser.add_argument("--model", type=Path, help="base model folder (default: the demo's, prepared if need be)")
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 where the CPU has it, else float32")
-    parser.add_argument("--results", type=Path, default=ROOT / "loadtests" / "results" / "bench.jsonl")
-    parser.add_argument("--plot", nargs="?", type=Path, const=ROOT / "docs" / "bench.svg", help="draw the record")
+    add_model_flags(parser)
+    bench_results.add_flags(parser, RESULTS, PICTURE)
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.stock_rounds, args.output_tokens = 1, 1, min(args.output_tokens, 8)
@@ -153,12 +152,7 @@ def main() -> None:
             for goal, figures in goals_of(ratios)
         },
     }
-    append_line(args.results, record)
-    print(f"appended to {args.results}")
-    if args.plot:
-        from plot_bench import plot
-
-        print(f"drawn in {plot(record, args.plot)}")
+    bench_results.keep(record, args, lambda picture: plot(record, picture))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
@@ -42,6 +43,12 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """``--model`` and ``--dtype``; None stands for the defaults below."""
+    parser.add_argument("--model", type=Path, help="base model folder (default: the demo's, prepared if need be)")
+    parser.add_argument("--dtype", help="default: bfloat16 where the CPU has it, else float32")
 
 
 def default_dtype() -> str:

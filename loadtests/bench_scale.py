@@ -24,10 +24,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
-from bench_conditions import ROOT, available_bytes, conditions, default_dtype, default_model
+import bench_results
+from bench_conditions import add_model_flags, available_bytes, conditions, default_dtype, default_model
 from bench_engine import stop_on_termination
 from lora_step_clock import EXTENSION
 from openai_client import open_session
+from plot_scale import PICTURE, RESULTS, newest, plot
 from process_tree import child_of_port, cpu_seconds, memory_by_process
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scale_report import DISK, PAGE_CACHE, Served, StartUps, Traffic, goals_of, print_tables
@@ -38,7 +40,6 @@ from synthetic_collections import ATTENTION, model_slices, write_collection
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.demo.server import Server
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.evaluation.records import append_line
 
 RANK, CLUSTERS = 16, 8
 SIZES = (100, 1_000, 10_000, 100_000)
@@ -231,11 +232,9 @@ def main() -> None:
         "--starts", type=int, default=3, help="of each configuration, after one that fills caches; or 0"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: does it run?")
-    parser.add_argument("--model", type=Path, help="base model folder (default: the demo's, prepared if need be)")
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 where the CPU has it, else float32")
+    add_model_flags(parser)
     parser.add_argument("--scratch", type=Path, help="folder for collections and logs, 6 GB; default: a temporary one")
-    parser.add_argument("--results", type=Path, default=ROOT / "loadtests" / "results" / "bench_scale.jsonl")
-    parser.add_argument("--plot", nargs="?", type=Path, const=ROOT / "docs" / "scale.svg", help="draw the record")
+    bench_results.add_flags(parser, RESULTS, PICTURE)
     args = parser.parse_args()
     if args.quick:
         args.sizes, args.requests, args.cold = [20, 200], 8, 20
@@ -275,12 +274,7 @@ def main() -> None:
         "starts": {"base" if n is None else str(n): s.as_json() for n, s in starts.items()},
         "goals": [{"goal": g.text, "figure": round(g.figure, 3), "met": g.met} for g in goals],
     }
-    append_line(args.results, record)
-    print(f"appended to {args.results}")
-    if args.plot:
-        from plot_scale import newest, plot
-
-        print(f"drawn in {plot(newest(args.results, quick=args.quick), args.plot)}")
+    bench_results.keep(record, args, lambda picture: plot(newest(args.results, quick=args.quick), picture))
 
 
 if __name__ == "__main__":

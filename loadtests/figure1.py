@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_conditions import ROOT, available_bytes, conditions, default_dtype, default_model
+from bench_conditions import ROOT, add_model_flags, available_bytes, conditions, default_dtype, default_model
 from bench_engine import stop_on_termination
 from bench_rows import TARGETS
 from figure1_points import SERIES, SHORT, SHORT_SERIES, LoRABytes, Point, points_of
@@ -173,8 +173,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--targets", choices=list(TARGETS), default="attention", help="modules that adapters change")
     parser.add_argument("--adapters", type=Path, default=ROOT / "demo" / "adapters", help="real ones, of rank 16")
     parser.add_argument("--synthetic", action="store_true", help="random adapters at every point")
-    parser.add_argument("--model", type=Path, help="base model folder (default: the demo's, prepared if need be)")
-    parser.add_argument("--dtype", help="default: bfloat16 where the CPU has it, else float32")
+    add_model_flags(parser)
     parser.add_argument("--users", type=int, default=32, help="that ask one request after the other")
     parser.add_argument("--seconds", type=float, default=60.0, help="of a turn that count")
     parser.add_argument("--settle", type=float, default=15.0, help="seconds before that")

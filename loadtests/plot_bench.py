@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from bench_conditions import ROOT
+from bench_results import draw_anew
 
+from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.plot_style import BLUE, ORANGE, REFERENCE_COLOUR, REFERENCE_LINE, SavedFigure
+from vllm_jdlora.evaluation.records import read_lines
 
 RESULTS = ROOT / "loadtests" / "results" / "bench.jsonl"
 PICTURE = ROOT / "docs" / "bench.svg"
@@ -24,6 +25,16 @@ def relative(group: dict[str, Any], measure: str, row: str) -> list[float]:
     rates = group["tokens_per_second"].get(measure, {})
     pairs = zip(rates.get(row, []), rates.get("a", []), strict=False)
     return [x / y for x, y in pairs if x is not None and y is not None]
+
+
+def newest(results: Path) -> dict[str, Any]:
+    """The last record. Raises: JDLoRAError: there is none."""
+    # Records of older versions of the benchmark have no groups.
+    records = [record for _, record in read_lines(results) if "groups" in record] if results.exists() else []
+    if not records:
+        raise JDLoRAError(f"{results}: no record to draw; run `make bench` first")
+    found: dict[str, Any] = records[-1]
+    return found
 
 
 def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
@@ -73,16 +84,7 @@ def _draw(axis: Any, record: dict[str, Any], rows: list[tuple[str, dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("-o", "--output", type=Path, default=PICTURE)
-    args = parser.parse_args()
-    records = [json.loads(line) for line in args.results.read_text().splitlines() if line.strip()]
-    # Records of older versions of the benchmark have no groups.
-    records = [record for record in records if "groups" in record]
-    if not records:
-        raise SystemExit(f"{args.results}: no record to draw; run `make bench` first")
-    print(f"drawn in {plot(records[-1], args.output)}")
+    draw_anew(__doc__, RESULTS, PICTURE, lambda results, picture: plot(newest(results), picture))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench_conditions import ROOT
+from bench_results import draw_anew
 from figure1_points import SERIES
 from figure1_report import LEAST_OF_BASE, LEAST_OF_STOCK, Points, ratio_between
 from figure1_results import Measured, last_results
 
-from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.plot_style import (
     BLUE,
     GREEN,
@@ -102,14 +101,7 @@ def _band(axis: Any, values: list[float], label: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("-o", "--output", type=Path, default=PICTURE)
-    args = parser.parse_args()
-    try:
-        print(f"drawn in {plot(last_results(args.results).measured(), args.output)}")
-    except JDLoRAError as error:
-        parser.error(str(error))
+    draw_anew(__doc__, RESULTS, PICTURE, lambda results, picture: plot(last_results(results).measured(), picture))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_conditions import ROOT
+from bench_results import draw_anew
 from scale_report import DISK, PAGE_CACHE
 
 from vllm_jdlora.evaluation.plot_style import BLUE, GREEN, ORANGE, REFERENCE_LINE, VERMILION, SavedFigure
@@ -108,11 +108,7 @@ def _start_ups(axis: Any, starts: dict[int, tuple[dict[str, Any], dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("-o", "--output", type=Path, default=PICTURE)
-    args = parser.parse_args()
-    print(f"drawn in {plot(newest(args.results), args.output)}")
+    draw_anew(__doc__, RESULTS, PICTURE, lambda results, picture: plot(newest(results), picture))
 
 
 if __name__ == "__main__":

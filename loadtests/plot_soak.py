@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from bench_conditions import ROOT
+from bench_results import draw_anew
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.plot_style import BLUE, GREEN, GREY, ORANGE, REFERENCE_LINE, VERMILION, SavedFigure
@@ -66,14 +66,7 @@ def last_record(results: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("-o", "--output", type=Path, default=PICTURE)
-    args = parser.parse_args()
-    try:
-        print(f"drawn in {plot(last_record(args.results), args.output)}")
-    except JDLoRAError as error:
-        parser.error(str(error))
+    draw_anew(__doc__, RESULTS, PICTURE, lambda results, picture: plot(last_record(results), picture))
 
 
 if __name__ == "__main__":
