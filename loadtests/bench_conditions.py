@@ -25,13 +25,14 @@ def now() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores and the CPU features that decide about bf16."""
+    """Processor, its cores and those that this process may use, and the CPU features that decide about bf16."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info.splitlines()) if k.strip()}
     flags = set(fields.get("flags", "").split())
     return {
         "cpu": fields.get("model name", platform.processor()),
         "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
         "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
     }
 
