@@ -27,8 +27,8 @@ class LocalHub:
         """File → size that is told in the place of its own."""
         self.held: tuple[str, threading.Event, threading.Event] | None = None
         """File, set when it is asked for, and awaited before it is sent."""
-        self.silent: set[str] = set()
-        """Files that get no answer."""
+        self.busy: set[str] = set()
+        """Files that get a 503."""
         self.on_upload = lambda: None
         """Called after each upload of a large file, before it is answered."""
         self.on_create = lambda: None
@@ -134,9 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not match or match[1] not in hub.files:
             return self._send(404, {"error": "no"}, head, X_Error_Code="EntryNotFound")
         name, content = match[1], hub.files[match[1]]
-        if name in hub.silent:
-            self.close_connection = True
-            return None
+        if name in hub.busy:
+            return self._send(503, {"error": "busy"}, head)
         about = {"ETag": f'"{_oid(content, "lfs")}"', "X_Repo_Commit": hub.sha, "Accept_Ranges": "bytes"}
         if head:
             return self._send(200, content, head, **about)

@@ -241,7 +241,7 @@ def test_what_was_left_of_another_commit_is_not_taken(pushed, collection, tmp_pa
     assert contents(tmp_path / "back") == contents(tmp_path / "next")
 
 
-def test_what_is_there_of_another_commit_does_not_stand_for_files_that_the_hub_does_not_give(
+def test_what_is_left_of_another_commit_does_not_stand_for_files_that_the_hub_does_not_give(
     pushed, collection, tmp_path, monkeypatch, capsys
 ):
     """huggingface_hub takes a file that is there for the one that it cannot ask for."""
@@ -251,11 +251,11 @@ def test_what_is_there_of_another_commit_does_not_stand_for_files_that_the_hub_d
         assert pull(pushed, tmp_path / "back") == 130
     assert main(["remove", str(collection), "a0", "-o", str(tmp_path / "next")]) == 0
     assert push(pushed, tmp_path / "next") == 0
-    pushed.silent = set(pushed.files)
+    pushed.busy = set(pushed.files)
     capsys.readouterr()
     assert pull(pushed, tmp_path / "back") == 2
     assert "cannot be reached" in told(capsys) and not (tmp_path / "back").exists()
-    pushed.silent = set()
+    pushed.busy = set()
     assert pull(pushed, tmp_path / "back") == 0
     assert contents(tmp_path / "back") == contents(tmp_path / "next")
 
