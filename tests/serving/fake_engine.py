@@ -36,15 +36,19 @@ def content_of(collection: Collection, name: str) -> str:
 class FakeEngine:
     """Attributes:
     served: revision → collection, of those that a worker keeps.
-    on_these_bases: revisions whose arrivals are on the bases that are loaded.
+    bases: revision → manifest whose bases its arrivals are on, of all bases that are loaded.
     known: id → path, of adapters that the engine was told of or has met.
     """
 
-    def __init__(self, collection: Collection, arrivals: Path, *, max_lora_rank: int = 16):
+    def __init__(
+        self, collection: Collection, arrivals: Path, *, max_lora_rank: int = 16, base_slots: int | None = None
+    ):
         self.errored = False
         self.model_config = SimpleNamespace(max_model_len=256, model="tiny")
         self.renderer = self.input_processor = None
-        options = ServingOptions(str(collection.path), collection.manifest.revision, arrivals=str(arrivals))
+        options = ServingOptions(
+            str(collection.path), collection.manifest.revision, arrivals=str(arrivals), base_slots=base_slots
+        )
         targets = sorted({part.name.rpartition(".")[2] for part in collection.manifest.slices})
         self.vllm_config = SimpleNamespace(
             additional_config=options.put_into({}),
@@ -54,7 +58,7 @@ class FakeEngine:
         self.newest = collection
         collection.sigma(0)  # as workers do: files are mapped before they may be replaced
         self.served = {collection.manifest.revision: collection}
-        self.on_these_bases = {*self.served}
+        self.bases = {collection.manifest.revision: collection.manifest}
         self.known: dict[int, str] = {}
         self.removed: list[int] = []
         self.calls: list[tuple] = []
@@ -77,15 +81,19 @@ class FakeEngine:
         await asyncio.sleep(0)
         if self.refuse:
             raise RuntimeError(self.refuse)
-        path, revision = args
+        path, revision, beside = args
         new = Collection.open(path, verify=False)
         assert new.manifest.revision == revision
-        if not new.manifest.shares_bases_with(self.newest.manifest):
-            self.served, self.on_these_bases = {}, set()
+        kept = self.bases[self.newest.manifest.revision]
+        if not new.manifest.shares_bases_with(kept):
+            # Beside the newest bases there is room for one other collection's.
+            self.bases = {r: m for r, m in self.bases.items() if m is kept} if beside else {}
+            self.served = {r: c for r, c in self.served.items() if r in self.bases}
+            kept = new.manifest
         new.sigma(0)
         self.served.pop(revision, None)
         self.served[revision] = self.newest = new
-        self.on_these_bases.add(revision)
+        self.bases[revision] = kept
         for old in [*self.served][: -KEPT - 1]:
             del self.served[old]
 
@@ -107,8 +115,7 @@ class FakeEngine:
             return content_digest(Path(request.lora_path))
         if not path.arrival:
             return content_of(self.served[path.revision], path.name)
-        assert path.revision in self.on_these_bases
-        sigma = read_arrival(self.arrivals, path.arrival, self.newest.manifest)
+        sigma = read_arrival(self.arrivals, path.arrival, self.bases[path.revision])
         return hashlib.sha256(sigma.float().numpy().tobytes()).hexdigest()
 
 

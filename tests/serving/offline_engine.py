@@ -34,7 +34,7 @@ def decode_while_an_adapter_is_loaded(engine, spec, params, requests) -> list[di
     return [as_json(finished[str(i)]) for i in spec["interrupted"]]
 
 
-def decode_while_a_revision_is_loaded(llm, spec, params) -> list[dict]:
+def decode_while_a_revision_is_loaded(llm, spec, params, before: str, after: str, ids: int, beside=False) -> list[dict]:
     """Requests of one revision decode; between two steps another one is loaded, and requests of it join them."""
     from vllm_jdlora.collection import Collection
 
@@ -47,21 +47,30 @@ def decode_while_a_revision_is_loaded(llm, spec, params) -> list[dict]:
             prompt = {"prompt_token_ids": spec["prompts"][place]}
             engine.add_request(str(first + i), prompt, params, lora_request=requests[spec["who"][place]])
 
-    ask(0, spec["jdlora"]["collection"], 1000)
+    ask(0, before, ids)
     for step in range(40):
         for output in engine.step():
             if output.finished:
                 finished[output.request_id] = output
         if step == 3:
-            load(llm, spec["revision"])
-            ask(len(spec["interrupted"]), spec["revision"], 2000)
+            load(llm, after, beside)
+            ask(len(spec["interrupted"]), after, ids + 1000)
     return [as_json(finished[str(i)]) for i in range(2 * len(spec["interrupted"]))]
 
 
-def load(llm, folder: str) -> list[dict]:
+def load_bases_beside(llm, spec, params) -> list[list[dict]]:
+    """Other bases come while requests of those before them decode, and then the first ones come back in that way."""
+    folders = [spec["jdlora"]["collection"], spec["beside"], spec["jdlora"]["collection"]]
+    return [
+        decode_while_a_revision_is_loaded(llm, spec, params, *folders[i : i + 2], 5000 + 3000 * i, True) for i in (0, 1)
+    ]
+
+
+def load(llm, folder: str, beside: bool = False) -> list[dict]:
     from vllm_jdlora.collection import Collection
 
-    return llm.collective_rpc("jdlora_load_collection", args=(folder, Collection.open(folder).manifest.revision))
+    args = (folder, Collection.open(folder).manifest.revision, beside)
+    return llm.collective_rpc("jdlora_load_collection", args=args)
 
 
 def replace_bases(llm, spec, generate) -> dict:
@@ -140,8 +149,12 @@ def main() -> None:
             prompts = [{"prompt_token_ids": prompt} for prompt in spec["prompts"][: len(who)]]
             outputs = llm.generate(prompts, params, lora_request=who, use_tqdm=False)
             result[key] = [(o.outputs[0].finish_reason, list(o.outputs[0].token_ids)) for o in outputs]
+    if "beside" in spec:
+        result["beside"] = load_bases_beside(llm, spec, params)
+        result["statistics"] = llm.collective_rpc("jdlora_statistics")
     if "revision" in spec:
-        result["revisions"] = decode_while_a_revision_is_loaded(llm, spec, params)
+        served = spec["jdlora"]["collection"]
+        result["revisions"] = decode_while_a_revision_is_loaded(llm, spec, params, served, spec["revision"], 1000)
         plain = {name: requests[name] for name in spec["plain"]}
         result["replaced"] = replace_bases(llm, spec, lambda compressed: generate(compressed | plain))
         result["statistics"] = llm.collective_rpc("jdlora_statistics")

@@ -24,8 +24,8 @@ def made(tmp_path_factory):
     members = {f"f{f}m{i}": write_member(root / f"f{f}m{i}", f, 10 * f + i) for f in range(2) for i in range(3)}
     members["odd"] = write_member(root / "odd", 7, 70)
     *families, odd = [read_adapter(folder) for folder in members.values()]
-    for name, rank in (("two", 6), ("rebuilt", 7)):
-        compress(families, root / name, rank=rank, clusters=2, dtype="fp32", max_error=0.3)
+    for name, rank, adapters in (("two", 6, families), ("rebuilt", 7, families), ("beside", 6, families[1:])):
+        compress(adapters, root / name, rank=rank, clusters=2, dtype="fp32", max_error=0.3)
         assert add(root / name, [odd]).plain
     near = write_member(root / "near", 0, 77)
     return {"root": root, "members": members, "near": near, "other": write_member(root / "other", 1, 78)}
@@ -41,6 +41,13 @@ def server(made, tmp_path):
 @pytest.fixture
 def swap(server):
     return CollectionSwap(server.runtime)
+
+
+@pytest.fixture
+def roomy(made, tmp_path):
+    """A server with base slots for two collections."""
+    (tmp_path / "arrivals").mkdir(exist_ok=True)
+    return FakeServer(Collection.open(made["root"] / "two"), tmp_path / "arrivals", base_slots=4)
 
 
 def events(logged, name):
@@ -75,7 +82,7 @@ async def test_adapters_added_on_disk_are_served_after_a_reload(server, swap, ma
     assert done.same_bases and done.paused_seconds == 0
     told = f"result=served revision={done.revision} bases=kept added=1 changed=1 removed=0 paused_seconds=0"
     assert [told in line for line in events(logged, "reload")] == [True]
-    assert server.engine.calls == [(LOAD_RPC, str(new.path), new.manifest.revision)]
+    assert server.engine.calls == [(LOAD_RPC, str(new.path), new.manifest.revision, False)]
     for name in ("new", "f0m0", "f0m1"):
         assert await server.ask(name) == content_of(new, name)
     # What did not change keeps its id and path, and with them its blocks in the prefix cache.
@@ -179,6 +186,72 @@ async def test_with_other_bases_requests_wait_until_those_under_way_have_ended(s
     path = AdapterPath.parse(server.names["mine"].lora_path)
     assert path.revision == new.manifest.revision and path.arrival and await server.ask("mine")
     await until(lambda: sum(f.endswith(".safetensors") for f in server.files()) == 1)
+
+
+@run
+async def test_other_bases_for_which_there_are_slots_make_no_request_wait(roomy, made, logged):
+    swap, old = CollectionSwap(roomy.runtime), roomy.runtime.collection
+    await load(roomy, "mine", made["near"])
+    mine = await roomy.ask("mine")
+    running, looked_up, arrival = roomy.start("f0m1"), roomy.start("f0m1"), roomy.start("mine")
+    await running.begin()
+    await arrival.begin()
+    done = await swap.load(str(made["root"] / "beside"))
+    new = roomy.runtime.collection
+    assert not done.same_bases and done.paused_seconds == 0 and new.path == made["root"] / "beside"
+    assert " bases=replaced " in events(logged, "reload")[0]
+    assert roomy.engine.calls[-1] == (LOAD_RPC, str(new.path), new.manifest.revision, True)
+    # New requests get the new content at once, and those under way keep theirs.
+    assert await roomy.ask("f0m1") == content_of(new, "f0m1") != content_of(old, "f0m1")
+    assert AdapterPath.parse(roomy.names["mine"].lora_path).revision == new.manifest.revision
+    for answer in (running, looked_up, arrival):
+        answer.go()
+    assert await running.content() == await looked_up.content() == content_of(old, "f0m1")
+    assert await arrival.content() == mine != await roomy.ask("mine")
+    await until(lambda: len(roomy.engine.removed) == 2)
+
+
+@run
+async def test_bases_are_taken_away_only_when_nobody_uses_them(roomy, made):
+    swap, first = CollectionSwap(roomy.runtime), roomy.runtime.collection
+    running, looked_up = roomy.start("f0m1"), roomy.start("f0m1", steps=1)
+    await running.begin()
+    await swap.load(str(made["root"] / "beside"))
+    second = roomy.runtime.collection
+    between = roomy.start("f0m1", steps=3)
+    await between.begin()
+    with pytest.raises(JDLoRAError, match=r"1 requests were still running after 0.05 s on bases"):
+        await swap.load(str(first.path), drain_seconds=0.05)
+    assert roomy.runtime.collection is second
+    swapping = asyncio.create_task(swap.load(str(first.path)))
+    await asyncio.sleep(0.05)
+    assert not swapping.done() and await roomy.ask("f0m2") == content_of(second, "f0m2"), "others go on meanwhile"
+    running.go()
+    assert await running.content() == content_of(first, "f0m1")
+    assert (await swapping).paused_seconds == 0
+    # A name that was looked up two collections ago means what it means now.
+    looked_up.go()
+    assert await looked_up.content() == await roomy.ask("f0m1") == content_of(first, "f0m1")
+    between.go()
+    assert await between.content() == content_of(second, "f0m1")
+
+
+@run
+async def test_a_collection_of_another_form_is_no_neighbour(roomy, made):
+    done = await CollectionSwap(roomy.runtime).load(str(made["root"] / "rebuilt"))
+    assert not done.same_bases and roomy.engine.calls[-1][-1] is False
+
+
+@run
+async def test_a_name_that_was_looked_up_before_it_was_replaced_and_all_bases_were_means_what_it_means_now(
+    server, swap, made
+):
+    looked_up = server.start("f0m1", steps=1)
+    add_in_place(server, ("f0m1", made["other"]))
+    await swap.load()
+    await swap.load(str(made["root"] / "rebuilt"))
+    looked_up.go()
+    assert await looked_up.content() == content_of(server.runtime.collection, "f0m1")
 
 
 @pytest.mark.parametrize("other_bases", [False, True])

@@ -224,6 +224,32 @@ def test_an_arrival_outlives_the_revision_that_it_came_in(folder, tmp_path):
     assert torch.equal(on_device(served, 70), sigma)
 
 
+def test_revisions_on_other_bases_are_served_beside_and_forgotten_with_all_that_is_on_their_bases(
+    folder, adapters, tmp_path
+):
+    served, arrivals = serve(folder, tmp_path, slots=8), tmp_path
+    first = served.revisions.newest
+    old, (came, sigma) = request_of(first, "a1", 1), arrival(served, arrivals, 7, lora_id=70)
+    bind(served, old)
+    second = compress(adapters[2:], tmp_path / "second", rank=RANK, clusters=2, dtype="fp32")
+    served.revisions.add_beside(second, range(2, 4))
+    bind(served, came)  # a request that was waiting
+    new, (later, later_sigma) = request_of(second, "a3", 2), arrival(served, arrivals, 8, lora_id=80)
+    for request in (new, later):
+        bind(served, request)
+    for request, numbers in ((old, range(2)), (came, range(2)), (new, range(2, 4)), (later, range(2, 4))):
+        cluster = AdapterPath.parse(request.lora_path).cluster
+        index = served.directory.index(request.lora_int_id)
+        assert served.directory.adapter(index).base == numbers[cluster]
+    for lora_id, expected in ((1, first.sigma(1)), (70, sigma), (2, second.sigma(second.index_of("a3")))):
+        assert torch.equal(on_device(served, lora_id), expected)
+    assert served.drop_other_bases() == [range(2)] and served.drop_other_bases() == []
+    assert set(served.directory) == {2, 80} and torch.equal(on_device(served, 80), later_sigma)
+    for request in (old, came):
+        with pytest.raises(JDLoRAError, match="take the request from the collection that the server serves now"):
+            bind(served, request)
+
+
 def test_memory_is_flat_over_thousands_of_arrivals(folder, tmp_path):
     """Each is loaded by an RPC, unloaded while a request runs, and bound again by that request's next step."""
     served = serve(folder, tmp_path)

@@ -30,7 +30,7 @@ COMPRESSED = [f"adapter-{i}" for i in range(5)]
 PLAIN = ["plain-0", "plain-1"]
 # More distinct adapters than slots of either kind, twice the same one, and the base: one batch if it were allowed.
 WHO = [*COMPRESSED, None, *PLAIN, COMPRESSED[0]]
-EXTRA = ("intruder", "unreadable", "revision", "other_bases", "unfit")
+EXTRA = ("intruder", "unreadable", "beside", "revision", "other_bases", "unfit")
 """What `offline_engine` does besides."""
 
 # Places in WHO: two requests of one adapter and one of another.
@@ -59,8 +59,8 @@ def served(tmp_path_factory):
 def later(served, tmp_path_factory):
     """Collections that a running server may be given.
 
-    One on the same bases, where an adapter was replaced under its name; two on other bases, with more and with fewer
-    clusters and modules; one that does not fit.
+    One on the same bases, where an adapter was replaced under its name; one on other bases in the same form; two on
+    other bases, with more and with fewer clusters and modules; one that does not fit.
     """
     _, collection, _ = served
     root = tmp_path_factory.mktemp("later")
@@ -77,7 +77,9 @@ def later(served, tmp_path_factory):
         for i, name in enumerate(COMPRESSED)
     ]
     fewer = compress(attention, root / "fewer", rank=8, clusters=1, dtype="fp32").path
-    return SimpleNamespace(same=same, other_bases=[more, fewer], unfit=collection.with_name("small"))
+    rebuilt = [read_adapter(tiny_llama.write_adapter(root / "rebuilt" / n, 80 + i)) for i, n in enumerate(COMPRESSED)]
+    beside = compress(rebuilt, root / "beside", rank=8, clusters=2, dtype="fp32").path
+    return SimpleNamespace(same=same, beside=beside, other_bases=[more, fewer], unfit=collection.with_name("small"))
 
 
 def run_engine(served, **options) -> dict:
@@ -89,11 +91,7 @@ def run_engine(served, **options) -> dict:
         "plain": {name: str(path) for name, path in plain.items()},
         "jdlora": {"collection": str(collection), **options.pop("jdlora", {})},
         "interrupted": INTERRUPTED,
-        **{
-            name: options.pop(name)
-            for name in ("intruder", "unreadable", "revision", "other_bases", "unfit")
-            if name in options
-        },
+        **{name: options.pop(name) for name in EXTRA if name in options},
         "options": options,
     }
     result = subprocess.run(
@@ -180,6 +178,17 @@ def test_collections_are_swapped_below_a_running_engine(served, later, base_slot
     assert "JD-diag" in replaced["refusal"] and "Nothing was changed; restart the server" in replaced["refusal"]
     statistics = out["statistics"][0]
     assert (statistics["revisions"], statistics["clusters"], statistics["known"]) == (1, 1, 5)
+
+
+def test_other_bases_come_beside_those_that_running_requests_use(served, later):
+    out = run_engine(served, jdlora={"base_slots": 4, "scaling_slots": 4}, max_loras=2, beside=str(later.beside))
+    check_against_merged_weights(served, out["answers"])
+    collections = [None, later.beside, None]
+    for i, answers in enumerate(out["beside"]):
+        check_against_merged_weights(served, answers[:3], INTERRUPTED, collections[i])
+        check_against_merged_weights(served, answers[3:], INTERRUPTED, collections[i + 1])
+    statistics = out["statistics"][0]
+    assert (statistics["clusters"], statistics["resident_bases"], statistics["revisions"]) == (2, 4, 2)
 
 
 def test_two_tensor_parallel_processes_equal_merged_weights_with_diagonal_scalings_and_bases_in_8_bits(served):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from tests.collection.families import write_member
 from tests.serving.fake_engine import GRACE, FakeServer, content_of
 from vllm_jdlora.adapter import read_adapter
 from vllm_jdlora.collection.build import compress
+from vllm_jdlora.serving import runtime_adapters
+from vllm_jdlora.serving.adapter_copies import AdapterCopies
 from vllm_jdlora.serving.options import AdapterPath
+from vllm_jdlora.serving.placement import place
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,57 @@ async def test_a_file_of_the_arrivals_folder_goes_with_its_last_user(serve, file
     await unload(server, "three")
     await until(lambda: not server.files())
     assert not server.engine.known
+
+
+@pytest.mark.parametrize(("kind", "again"), [("near", "other name"), ("near", "one"), ("stranger", "other name")])
+def test_an_adapter_may_be_loaded_while_the_last_one_of_the_same_content_is_forgotten(
+    serve, files, monkeypatch, kind, again
+):
+    """Its copy is found in the arrivals folder, and the copy's last user leaves before the newcomer has used it."""
+
+    @run
+    async def check():
+        server = serve()
+        await load(server, "one", files[kind])
+        answer = await server.ask("one")
+        await unload(server, "one")
+        waited = []
+
+        def place_late(collection, adapter, limit):
+            deadline = time.monotonic() + 5
+            while not server.engine.removed and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.02)  # the event loop releases the files next
+            waited.append(server.engine.removed)
+            return place(collection, adapter, limit)
+
+        monkeypatch.setattr(runtime_adapters, "place", place_late)
+        told = await load(server, again, files[kind])
+        assert "Success" in told and waited == [server.engine.removed] != [[]], told
+        await asyncio.sleep(4 * GRACE)
+        assert len(server.files()) == (2 if kind == "near" else 1)
+        if again == "one" or kind == "stranger":  # the name is a part of a compressed one's file, not of its Σ
+            assert await server.ask(again) == answer
+        await unload(server, again)
+        await until(lambda: not server.files())
+
+    check()
+
+
+def test_what_loses_its_last_user_while_files_are_kept_goes_at_the_end_unless_it_gets_another(tmp_path):
+    copies = AdapterCopies(tmp_path)
+    gone, used = (tmp_path / name for name in ("gone", "used"))
+    for path in (gone, used):
+        path.touch()
+        copies.use(path)
+    with copies.kept():
+        with copies.kept():
+            copies.release(gone, used)
+        assert gone.exists() and used.exists()
+        copies.use(used)
+    assert not gone.exists() and used.exists()
+    copies.release(used)
+    assert not used.exists()
 
 
 @run

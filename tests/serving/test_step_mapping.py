@@ -327,7 +327,7 @@ def test_adapters_that_cannot_be_read_are_told_and_the_others_of_the_step_are_se
     worker.set_active_requests(step_of(rows[::-1]))
     assert manager.statistics()[FAILED] == (2, (4,))
     # What a step was told once is not tried again: the prefix cache holds what the base model wrote for it.
-    manager.compressed.revisions._on_these_bases.add("old")
+    manager.compressed.revisions._bases_of["old"] = manager.compressed.revisions._bases_of["r"]
     with pytest.raises(JDLoRAError, match=r"revision old.*restart the server"):
         worker.add_adapter(unknown)
 

@@ -1,7 +1,8 @@
 """What a running server keeps on disk of the adapters that came to it: their folders, and their Σ, while they are used.
 
 An adapter is copied before it is served. The folder that it came from may change or vanish, and a worker that then
-looks for it would take the whole engine down; and the copy's path names its content, as prefix caching needs.
+looks for it would take the whole engine down; and the copy's path names its content, as prefix caching needs. So
+adapters of equal content share a copy, whose last user may leave while another comes: see :meth:`AdapterCopies.kept`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import dataclasses
 import os
 import secrets
 import shutil
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_jdlora.adapter import WEIGHTS_FILE, Adapter, copy_files
@@ -29,10 +33,31 @@ class AdapterCopies:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # Adapters are taken in by threads, and released by the event loop.
+        self._lock = threading.Lock()
         self._users: Counter[Path] = Counter()
+        self._keepers = 0
+        self._discarded: set[Path] = set()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Nothing is deleted inside the block, so that what is found in the folder can get a user before it is left.
+
+        What loses its last user meanwhile, and gets no other one, is deleted at the end.
+        """
+        with self._lock:
+            self._keepers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._keepers -= 1
+                if not self._keepers:
+                    discarded, self._discarded = self._discarded, set()
+                    self._delete(*discarded)
 
     def copy(self, adapter: Adapter) -> Adapter:
-        """The same adapter, its files copied. The copy has no user yet.
+        """The same adapter, its files copied. The copy has no user yet: for use inside :meth:`kept`.
 
         Raises:
             JDLoRAError: the adapter changed since it was read, or the disk refuses.
@@ -52,7 +77,8 @@ class AdapterCopies:
     def link(self, folder: Path, sha256: str) -> Path:
         """A second way to the files of a collection's plain adapter that outlives the collection's folder.
 
-        Links cost no bytes. On another file system than the collection's there are none: the folder itself then.
+        Links cost no bytes. On another file system than the collection's there are none: the folder itself then. For
+        use inside :meth:`kept`, as long as adapters come and go.
         """
         target = self.folder / "adapters" / sha256
         if target.is_dir():
@@ -67,22 +93,30 @@ class AdapterCopies:
         return target
 
     def use(self, *paths: Path) -> None:
-        self._users.update(paths)
+        with self._lock:
+            self._users.update(paths)
 
     def release(self, *paths: Path) -> None:
         """One user less of each; what nobody uses is deleted. Paths that are not in the folder are left alone."""
-        for path in paths:
-            if self._users[path] > 1:
-                self._users[path] -= 1
-                continue
-            del self._users[path]
-            self.discard(path)
+        with self._lock:
+            for path in paths:
+                if self._users[path] > 1:
+                    self._users[path] -= 1
+                else:
+                    del self._users[path]
+                    self._delete(path)
 
     def discard(self, *paths: Path) -> None:
         """Delete what has no user."""
-        for path in paths:
-            if path in self._users or self.folder not in path.parents:
-                continue
+        with self._lock:
+            self._delete(*paths)
+
+    def _delete(self, *paths: Path) -> None:
+        unused = [path for path in paths if path not in self._users and self.folder in path.parents]
+        if self._keepers:
+            self._discarded.update(unused)
+            return
+        for path in unused:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

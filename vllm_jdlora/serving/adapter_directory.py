@@ -1,4 +1,4 @@
-"""Which compressed adapter a LoRA id means, and where that adapter lies: its cluster and its scaling slot.
+"""Which compressed adapter a LoRA id means, and where that adapter lies: its base and its scaling slot.
 
 An adapter is its path, which names its content. It gets an index, the key of its Σ slot, when an id first means it,
 and gives the index back when no id does and its Σ has left the device: so nothing here grows with what is known, nor
@@ -36,7 +36,7 @@ class CompressedAdapter:
         path: as requests give it; names the content.
         name: of the adapter, for messages.
         revision: of the collection that the path names.
-        cluster: whose bases it uses.
+        base: number of the bases that it uses (:mod:`.base_residency`).
         sigma: reads its Σ as stored, [slices, R, R] or, for JD-Diag, [slices, R], on the host.
         arrival: it came while the server ran, and ``sigma`` holds it: once no id means it, it is forgotten at once.
     """
@@ -44,7 +44,7 @@ class CompressedAdapter:
     path: str
     name: str
     revision: str
-    cluster: int
+    base: int
     sigma: Callable[[], torch.Tensor]
     arrival: bool = False
 
@@ -63,10 +63,10 @@ class AdapterDirectory:
         self._index_of_id: dict[int, int] = {}
         self._path_of_id: dict[int, str] = {}
         self._index_of_path: dict[str, int] = {}
-        # By index: the adapter, how many ids mean it, and its cluster.
+        # By index: the adapter, how many ids mean it, and its base.
         self._adapters: list[CompressedAdapter | None] = []
         self._bindings: list[int] = []
-        self._cluster_of = with_room(np.empty(0, dtype=np.int64), 0)
+        self._base_of = with_room(np.empty(0, dtype=np.int64), 0)
         self._unused: list[int] = []
         self.arrivals = 0
 
@@ -132,6 +132,10 @@ class AdapterDirectory:
         """Forget a revision's adapters, resident or not. Arrivals stay: they need nothing of it but its bases."""
         self._drop_all(a for a in self._in_use() if a.revision == revision and not a.arrival)
 
+    def drop_with_bases(self, revisions: Collection[str]) -> None:
+        """Forget all adapters of these revisions, arrivals too."""
+        self._drop_all(a for a in self._in_use() if a.revision in revisions)
+
     def drop_everything(self) -> None:
         """Forget every adapter, resident or not."""
         self._drop_all(self._in_use())
@@ -151,7 +155,7 @@ class AdapterDirectory:
         return [bound[i] for i in np.flatnonzero(slots < 0).tolist()] + unbound
 
     def places(self, lora_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cluster and scaling slot of each LoRA id, int64 each; −1 for both where the id is not bound.
+        """Base and scaling slot of each LoRA id, int64 each; −1 for both where the id is not bound.
 
         Raises:
             KeyError: an adapter is not resident.
@@ -159,11 +163,11 @@ class AdapterDirectory:
         ids = lora_ids.tolist()
         indices = _array(map(self._index_of_id.get, ids, repeat(-1)), len(ids))
         slots = self._slots.slots(indices)
-        clusters = self._cluster_of[indices]
-        if np.any(absent := (slots < 0) & (clusters >= 0)):
+        bases = self._base_of[indices]
+        if np.any(absent := (slots < 0) & (bases >= 0)):
             name = self.adapter(int(indices[absent][0])).name
             raise KeyError(f"adapter {name!r} is in a step and its scaling matrix in no slot")
-        return clusters, slots
+        return bases, slots
 
     # --- indices --------------------------------------------------------------------------------------------------
 
@@ -175,9 +179,9 @@ class AdapterDirectory:
             index = len(self._adapters)
             self._adapters.append(adapter)
             self._bindings.append(0)
-            self._cluster_of = with_room(self._cluster_of, index + 1)
+            self._base_of = with_room(self._base_of, index + 1)
             self._slots.reserve(index + 1)
-        self._cluster_of[index] = adapter.cluster
+        self._base_of[index] = adapter.base
         self._index_of_path[adapter.path] = index
         self.arrivals += adapter.arrival
         return index
@@ -186,7 +190,7 @@ class AdapterDirectory:
         adapter = self.adapter(index)
         del self._index_of_path[adapter.path]
         self._adapters[index] = None
-        self._cluster_of[index] = -1
+        self._base_of[index] = -1
         self._unused.append(index)
         self.arrivals -= adapter.arrival
 

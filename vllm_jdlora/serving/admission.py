@@ -207,6 +207,6 @@ class Admission:
         if path is None:
             wanted: list[tuple[Slots | None, Hashable]] = [(self.plain, lora_request.lora_int_id)]
         else:
-            # Revisions that are served at once share their bases.
+            # Revisions that are served at once share their bases, or all bases have slots.
             wanted = [(self.scaling, lora_request.lora_int_id), (self.bases, path.cluster)]
         return tuple((slots, key) for slots, key in wanted if slots is not None)

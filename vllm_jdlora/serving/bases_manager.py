@@ -95,6 +95,11 @@ class BaseSlotsManager(LRUCacheLoRAModelManager):
         assert self.lora_index_to_id[slot] == lora_id
         base.loras.clear()  # the device has it; the host copy would cost as much again
 
+    def fill_base_slots(self, reader: BaseReader, first: int) -> None:
+        """Put any bases into the slots from `first` on, which wait for others': vLLM gives empty ones to adapters."""
+        for slot in range(first, self._lora_bases):
+            self.write_base(reader, slot, 0)
+
     def plain_adapters(self) -> list[int]:
         """LoRA ids of the plain adapters on the host, the least recently used first."""
         return [lora_id for lora_id in self._registered_adapters.cache if lora_id < FIRST_BASE_ID]

@@ -1,4 +1,5 @@
-"""The revisions of a collection that a worker serves at once, all on the same bases, and where an adapter's Σ lies.
+"""The revisions of a collection that a worker serves at once, on the same bases or on others, and where an adapter's Σ
+lies.
 
 The newest revision is what new requests get. Older ones stay open for requests that still run: a path names its
 revision, so such a request keeps the Σ that it was admitted with, whatever has become of the folder.
@@ -10,11 +11,12 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.collection.arrival_file import read_arrival
-from vllm_jdlora.collection.schema import MANIFEST_FILE
+from vllm_jdlora.collection.schema import MANIFEST_FILE, CollectionManifest
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.adapter_directory import CompressedAdapter
 from vllm_jdlora.serving.options import AdapterPath
@@ -47,6 +49,19 @@ def open_revision(path: str | Path, revision: str) -> Collection:
         if before is not None and manifest_identity(path) == before:
             return collection
     raise JDLoRAError(f"{path} is being replaced again and again: load it again when it is at rest")
+
+
+@dataclass(frozen=True, eq=False)
+class _Bases:
+    """What revisions that share their bases have in common.
+
+    Attributes:
+        manifest: of the first of them.
+        numbers: by which the worker knows the bases, that of cluster k the k-th.
+    """
+
+    manifest: CollectionManifest
+    numbers: range
 
 
 class CollectionRevisions:
@@ -85,20 +100,41 @@ class CollectionRevisions:
 
     def replace(self, collection: Collection) -> None:
         """Serve a collection with other bases; every revision before is unknown from now on."""
-        self._collections = {collection.manifest.revision: collection}
+        self._collections: dict[str, Collection] = {}
         self._superseded: dict[str, float] = {}
-        # What remains of a dropped revision: arrivals on its bases are on ours.
-        self._on_these_bases = {collection.manifest.revision}
+        # Also of revisions that were dropped: arrivals on their bases are on those of a later one.
+        self._bases_of: dict[str, _Bases] = {}
+        self._bases = _Bases(collection.manifest, range(collection.manifest.clusters))
         self.newest = collection
+        self._enter(collection)
 
     def add(self, collection: Collection) -> None:
         """Serve a collection with the same bases from now on, and the others to those who ask for them."""
-        revision = collection.manifest.revision
         self._superseded.setdefault(self.newest.manifest.revision, self._clock())
+        self._enter(collection)
+
+    def add_beside(self, collection: Collection, numbers: range) -> None:
+        """The same for a collection with other bases, which have these numbers."""
+        self._superseded.setdefault(self.newest.manifest.revision, self._clock())
+        self._bases = _Bases(collection.manifest, numbers)
+        self._enter(collection)
+
+    def drop_other_bases(self) -> tuple[list[str], list[range]]:
+        """Forget all revisions whose bases are not the newest one's; they, and the numbers of those bases."""
+        gone = [revision for revision, bases in self._bases_of.items() if bases is not self._bases]
+        numbers = {id(self._bases_of[revision]): self._bases_of[revision].numbers for revision in gone}
+        for revision in gone:
+            del self._bases_of[revision]
+            self._collections.pop(revision, None)
+            self._superseded.pop(revision, None)
+        return gone, list(numbers.values())
+
+    def _enter(self, collection: Collection) -> None:
+        revision = collection.manifest.revision
         self._superseded.pop(revision, None)
         self._collections.pop(revision, None)  # one that comes back becomes the newest
         self._collections[revision] = collection
-        self._on_these_bases.add(revision)
+        self._bases_of[revision] = self._bases
         self.newest = collection
 
     def drop_old(self, in_use: set[str]) -> list[str]:
@@ -117,13 +153,14 @@ class CollectionRevisions:
             JDLoRAError: the revision, the adapter or the arrival is not known here.
         """
         manifest = self.newest.manifest
-        if path.revision not in self._on_these_bases:
+        bases = self._bases_of.get(path.revision)
+        if bases is None:
             raise JDLoRAError(
                 f"adapter {path.name!r} is asked for from revision {path.revision} and this server has "
                 f"{manifest.revision}: take the request from the collection that the server serves now"
             )
         if path.arrival:
-            return self._arrival(path)
+            return self._arrival(path, bases)
         collection = self._collections.get(path.revision)
         if collection is None:
             raise JDLoRAError(
@@ -133,15 +170,16 @@ class CollectionRevisions:
         row = collection.index_of(path.name)
         self._check_cluster(path, collection.manifest.adapters[row].cluster)
         read = functools.partial(collection.sigma, row)
-        return CompressedAdapter(str(path), path.name, path.revision, path.cluster, read)
+        return CompressedAdapter(str(path), path.name, path.revision, bases.numbers[path.cluster], read)
 
-    def _arrival(self, path: AdapterPath) -> CompressedAdapter:
+    def _arrival(self, path: AdapterPath, bases: _Bases) -> CompressedAdapter:
         if not self._arrivals:
             raise JDLoRAError(f"adapter {path.name!r} came at run time, and this server takes no such adapters")
-        if path.cluster >= self.newest.manifest.clusters:
-            self._check_cluster(path, self.newest.manifest.clusters - 1)
-        sigma = read_arrival(Path(self._arrivals), path.arrival, self.newest.manifest)
-        return CompressedAdapter(str(path), path.name, path.revision, path.cluster, lambda: sigma, arrival=True)
+        if path.cluster >= len(bases.numbers):
+            self._check_cluster(path, len(bases.numbers) - 1)
+        sigma = read_arrival(Path(self._arrivals), path.arrival, bases.manifest)
+        number = bases.numbers[path.cluster]
+        return CompressedAdapter(str(path), path.name, path.revision, number, lambda: sigma, arrival=True)
 
     def _check_cluster(self, path: AdapterPath, cluster: int) -> None:
         if path.cluster != cluster:

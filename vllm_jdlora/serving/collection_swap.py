@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.serving.adapter_copies import AdapterCopies
 from vllm_jdlora.serving.collection_revisions import KEPT
 from vllm_jdlora.serving.event_log import event
-from vllm_jdlora.serving.options import PATH_SCHEME, AdapterPath, absolute, adapter_paths
+from vllm_jdlora.serving.options import AdapterPath, absolute, adapter_paths
 from vllm_jdlora.serving.placement import check_plain, error_limit
 from vllm_jdlora.serving.runtime_adapters import Loaded, RuntimeAdapters
 
@@ -63,9 +62,10 @@ class _Plan:
 class CollectionSwap:
     """Brings revisions of a collection to a running server.
 
-    With the same bases nothing waits: workers serve both revisions until the old one's requests have ended. With other
-    bases requests of compressed adapters wait at the API server, before they have chosen an adapter's content, until
-    those under way have ended and the new bases are loaded; the base model and plain adapters go on.
+    With the same bases nothing waits: workers serve both revisions until the old one's requests have ended. So it is
+    with other bases for which there are base slots beside those that are served. Without them requests of compressed
+    adapters wait at the API server, before they have chosen an adapter's content, until those under way have ended and
+    the new bases are loaded; the base model and plain adapters go on.
     """
 
     def __init__(self, runtime: RuntimeAdapters):
@@ -103,11 +103,8 @@ class CollectionSwap:
                 return Swapped(old.manifest.revision)
             same = new.manifest.shares_bases_with(old.manifest)
             plan = await asyncio.to_thread(self._planned, old, new, same)
-            started = time.monotonic()
             try:
-                async with nullcontext() if same else runtime.running.held_back(drain_seconds):
-                    await runtime.engine.collective_rpc(LOAD_RPC, args=(str(new.path), new.manifest.revision))
-                    self._swap(new, plan, same)
+                paused = await self._hand_over(new, plan, same, drain_seconds)
             except BaseException as error:
                 runtime.copies.release(*plan.files)
                 if isinstance(error, JDLoRAError) or not isinstance(error, Exception):
@@ -115,25 +112,53 @@ class CollectionSwap:
                 raise JDLoRAError(
                     f"{new.path}: cannot be served in this server ({error}); revision {old.manifest.revision} goes on"
                 ) from error
-            paused = 0.0 if same else time.monotonic() - started
         return Swapped(new.manifest.revision, plan.added, plan.removed, plan.changed, same, round(paused, 3))
+
+    async def _hand_over(self, new: Collection, plan: _Plan, same_bases: bool, drain_seconds: float) -> float:
+        """Give the collection to the workers and the names to it; seconds that requests were held back."""
+        running, beside = self._runtime.running, not same_bases and self._fits_beside(new)
+        if beside:
+            await running.other_bases_unused(drain_seconds)
+        if same_bases or beside:
+            await self._load_in_workers(new, beside)
+            self._swap(new, plan, same_bases)
+            if beside:
+                running.bases_changed(others_stay=True)
+            return 0.0
+        started = time.monotonic()
+        async with running.held_back(drain_seconds):
+            await self._load_in_workers(new, beside)
+            self._swap(new, plan, same_bases)
+            running.bases_changed(others_stay=False)
+        return time.monotonic() - started
+
+    def _fits_beside(self, new: Collection) -> bool:
+        """Whether the workers can have the bases of both, and the Σ of both in one buffer."""
+        before, after = self._runtime.collection.manifest, new.manifest
+        same_form = all(getattr(before, name) == getattr(after, name) for name in ("slices", "rank", "method"))
+        return same_form and before.clusters + after.clusters <= self._runtime.base_slots
+
+    async def _load_in_workers(self, new: Collection, beside: bool) -> None:
+        args = (str(new.path), new.manifest.revision, beside)
+        await self._runtime.engine.collective_rpc(LOAD_RPC, args=args)
 
     # --- in a thread ----------------------------------------------------------------------------------------------
 
     def _planned(self, old: Collection, new: Collection, same_bases: bool) -> _Plan:
         runtime, plan = self._runtime, _Plan()
-        try:
-            own = self._plan_collection(plan, old, new, same_bases)
-            for name, request in runtime.names.items():
-                if name in plan.names or name in own:
-                    continue
-                loaded = runtime.loaded.get(name)
-                plan.names[name] = request
-                if loaded is not None and not same_bases:
-                    self._plan_arrival(plan, request, loaded, new)
-        except BaseException:
-            runtime.copies.release(*plan.files)
-            raise
+        with runtime.copies.kept():
+            try:
+                own = self._plan_collection(plan, old, new, same_bases)
+                for name, request in runtime.names.items():
+                    if name in plan.names or name in own:
+                        continue
+                    loaded = runtime.loaded.get(name)
+                    plan.names[name] = request
+                    if loaded is not None and not same_bases:
+                        self._plan_arrival(plan, request, loaded, new)
+            except BaseException:
+                runtime.copies.release(*plan.files)
+                raise
         return plan
 
     def _plan_collection(self, plan: _Plan, old: Collection, new: Collection, same_bases: bool) -> set[str]:
@@ -168,7 +193,7 @@ class CollectionSwap:
         """Project an adapter that came at run time on other bases."""
         placed = self._runtime.take_in(loaded.adapter, new, error_limit(new, self._runtime.max_error))
         plan.loaded[request.lora_name] = placed
-        plan.use(self._runtime.copies, *placed.files)
+        plan.files += placed.files
         if placed.path != request.lora_path:
             plan.names[request.lora_name] = self._fresh(request.lora_name, placed.path)
 
@@ -190,8 +215,7 @@ class CollectionSwap:
         runtime = self._runtime
         for name, request in list(runtime.names.items()):
             if plan.names.get(name) is not request:
-                compressed = request.lora_path.startswith(PATH_SCHEME)
-                runtime.drop(name, request, at_once=compressed and not same_bases)
+                runtime.drop(name, request)
         for name, placed in plan.loaded.items():
             if kept := runtime.loaded.get(name):  # its request is the same, and the plan counts its files anew
                 runtime.copies.release(*kept.files)

@@ -125,6 +125,14 @@ class CompressedAdapters:
             self.moved()
             self.directory.drop(revision)
 
+    def drop_other_bases(self) -> list[range]:
+        """Forget all that is not on the newest revision's bases; the numbers of the bases that nothing is on then."""
+        revisions, bases = self.revisions.drop_other_bases()
+        if revisions:
+            self.moved()
+            self.directory.drop_with_bases(set(revisions))
+        return bases
+
     def announce(self, lora_id: int) -> None:
         """An RPC names an id, which a step may have bound before."""
         self._unannounced.pop(lora_id, None)

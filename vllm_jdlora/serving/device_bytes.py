@@ -124,7 +124,7 @@ class DeviceBytes:
         base_bits: 8 for bases as a quantised collection stores them (``--jd-base-bits``).
         max_loras: slots of plain adapters (``--max-loras``).
         max_lora_rank: least width of the buffers (``--max-lora-rank``).
-        base_slots: clusters that are resident at most (``--jd-base-slots``); ``None`` for all.
+        base_slots: clusters that there is room for (``--jd-base-slots``); ``None`` for all.
         scaling_slots: Σ that there is room for (``--jd-scaling-slots``); ``None`` for all.
     """
 
@@ -147,9 +147,9 @@ class DeviceBytes:
         return buffer_rank(max(rank, self.max_lora_rank))
 
     def bases(self, clusters: int, rank: int) -> int:
-        """Buffers of so many clusters, or of as many of them as are resident."""
+        """Buffers of so many clusters, or of the base slots that were asked for."""
         width = self.width(rank)
-        clusters = min(clusters, self.base_slots or clusters)
+        clusters = self.base_slots or clusters
         if self.device == "cpu":
             return clusters * self._stream(width, self.base_bits == 8)
         if self.base_bits == 8:

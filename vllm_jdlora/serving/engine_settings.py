@@ -72,7 +72,7 @@ def apply_to_engine_args(engine_args: Any, *, names_follow: bool = False) -> Non
         revision=manifest.revision,
         plain_slots=plain_slots,
         scaling_slots=resolve_scaling_slots(options.scaling_slots, len(manifest.adapters), scaling_bytes),
-        base_slots=min(options.base_slots or manifest.clusters, manifest.clusters),
+        base_slots=options.base_slots or manifest.clusters,
         base_bits=options.base_bits or (8 if manifest.quantize != "none" and _on_cpu() else 16),
     )
     engine_args.enable_lora = True

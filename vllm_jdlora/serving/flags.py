@@ -68,6 +68,7 @@ def add_flags(parser: Any) -> Any:
         metavar="N",
         default=None,
         help="Clusters whose shared bases are resident on the device, which bounds the distinct clusters in one batch. "
+        "With as many as the collection and its successor have together, a reload to other bases makes nobody wait. "
         "Default: all clusters of the collection.",
     )
     group.add_argument(

@@ -66,7 +66,9 @@ class JDLoRAModelManager(BaseSlotsManager):
         self._attach_layers(slices)
         # Other workers of one engine would have to agree on which adapters cannot be read.
         self.runs_alone = vllm_config.parallel_config.world_size == 1
-        self._serve(slices, BaseReader(collection, slices))
+        reader = BaseReader(collection, slices)
+        self._serve(slices, reader)
+        self.fill_base_slots(reader, manifest.clusters)
         logger.info(
             "Compressed LoRA: %d adapters in %d clusters of rank %d, %d scaling slots (%.1f MiB), %d base slots, "
             "%d plain slots",
@@ -109,20 +111,22 @@ class JDLoRAModelManager(BaseSlotsManager):
 
     # --- the collection -------------------------------------------------------------------------------------------
 
-    def load_collection(self, path: str, revision: str) -> dict[str, Any]:
+    def load_collection(self, path: str, revision: str, beside: bool = False) -> dict[str, Any]:
         """Serve another revision of the collection to new requests from now on.
 
-        With the same bases it takes effect at once, and requests for earlier revisions keep their meaning. With other
-        bases nothing may be running: every earlier revision and every arrival is forgotten, and the device's buffers
-        get the new bases where the old ones lie.
+        With the same bases it takes effect at once, and requests for earlier revisions keep their meaning. So they do
+        with other bases that come beside those of the newest revision; only of bases older than these nothing may be
+        running. Otherwise nothing may be running at all: every earlier revision and every arrival is forgotten, and
+        the device's buffers get the new bases where the old ones lie.
 
         Args:
             path: the collection's folder.
             revision: that it has.
+            beside: other bases are to go into free base slots.
 
         Returns:
-            ``revision``, ``adapters``, ``clusters``, ``revisions`` (how many are served), ``bases`` (``kept`` or
-            ``replaced``) and ``seconds``.
+            ``revision``, ``adapters``, ``clusters``, ``revisions`` (how many are served), ``bases`` (``kept``,
+            ``beside`` or ``replaced``) and ``seconds``.
 
         Raises:
             JDLoRAError: the collection cannot be read or does not fit this server; then nothing has changed.
@@ -130,17 +134,20 @@ class JDLoRAModelManager(BaseSlotsManager):
         before = self._clock.seconds
         with self._clock:
             collection = open_revision(path, revision)
-            kept = collection.manifest.shares_bases_with(self.collection.manifest)
-            if kept:
+            if collection.manifest.shares_bases_with(self.collection.manifest):
+                bases = "kept"
                 self.compressed.revisions.add(collection)
                 self.compressed.drop_old_revisions(self._planner.lora_ids)
+            elif beside:
+                bases = "beside"
+                self._serve_beside(collection, *self._fit(collection))
             else:
+                bases = "replaced"
                 slices, reader = self._fit(collection)
                 self.compressed.drop_everything()
                 self.compressed.revisions.replace(collection)
                 self._serve(slices, reader)
         manifest = collection.manifest
-        bases = "kept" if kept else "replaced"
         logger.info("Compressed LoRA: revision %s, %d adapters, bases %s", revision, len(manifest.adapters), bases)
         return {
             "revision": revision,
@@ -162,9 +169,10 @@ class JDLoRAModelManager(BaseSlotsManager):
                     f"{collection.path} has rank {manifest.rank} and this server has buffers for {widest}"
                 )
             if self._eight_bit and STORED.get(manifest.quantize) != self._eight_bit[1]:
+                kind = "not quantised" if manifest.quantize == "none" else manifest.quantize
                 raise JDLoRAError(
-                    f"the bases of {collection.path} are {manifest.quantize} and this server has buffers for "
-                    f"{served.quantize}"
+                    f"the bases of {collection.path} are {kind} and this server has buffers for {served.quantize} "
+                    "(--jd-base-bits 16 takes every kind)"
                 )
             slices = ModuleSlices.of(self, manifest)
             reader = BaseReader(collection, slices)
@@ -174,14 +182,34 @@ class JDLoRAModelManager(BaseSlotsManager):
         return slices, reader
 
     def _serve(self, slices: ModuleSlices, reader: BaseReader) -> None:
-        self._reader = reader
+        clusters = self.collection.manifest.clusters
+        self._readers = {range(clusters): reader}
         self.compressed.scalings.lay_out(slices, self.collection.manifest.rank)
-        self._bases.load(self.collection.manifest.clusters)
+        self._bases.load(clusters)
 
-    def _write_base(self, slot: int, cluster: int) -> int:
+    def _serve_beside(self, collection: Collection, slices: ModuleSlices, reader: BaseReader) -> None:
+        if not self.compressed.scalings.is_laid_out(slices, collection.manifest.rank):
+            raise JDLoRAError(
+                f"{collection.path} has other modules or another rank than what is served: its scalings cannot lie "
+                "beside those that are there. Nothing was changed"
+            )
+        for numbers in self.compressed.drop_other_bases():
+            self._bases.drop(numbers)
+            del self._readers[numbers]
+        numbers = self._bases.numbers_beside(collection.manifest.clusters)
+        self._readers[numbers] = reader
+        try:
+            self._bases.load_beside(numbers)
+        except BaseException:
+            del self._readers[numbers]
+            raise
+        self.compressed.revisions.add_beside(collection, numbers)
+
+    def _write_base(self, slot: int, base: int) -> int:
+        numbers, reader = next(item for item in self._readers.items() if base in item[0])
         with self._clock:
-            self.write_base(self._reader, slot, cluster)
-        return self._reader.bytes_of_a_cluster(1 if self._eight_bit else self.lora_config.lora_dtype.itemsize)
+            self.write_base(reader, slot, base - numbers.start)
+        return reader.bytes_of_a_cluster(1 if self._eight_bit else self.lora_config.lora_dtype.itemsize)
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
@@ -264,14 +292,14 @@ class JDLoRAModelManager(BaseSlotsManager):
         if self._bases.all_resident:
             return {}
         directory = self.compressed.directory
-        cluster_of = {
-            request.lora_int_id: directory.adapter(index).cluster
+        base_of = {
+            request.lora_int_id: directory.adapter(index).base
             for request in requests
             if (index := directory.index(request.lora_int_id)) is not None
         }
-        needed = np.unique(np.fromiter(cluster_of.values(), dtype=np.int64))
+        needed = np.unique(np.fromiter(base_of.values(), dtype=np.int64))
         failed = self._bases.bring(needed) if len(needed) <= self._bases.capacity else {}
-        lost = {lora_id: failed[cluster] for lora_id, cluster in cluster_of.items() if cluster in failed}
+        lost = {lora_id: failed[base] for lora_id, base in base_of.items() if base in failed}
         for lora_id in lost:
             self.compressed.unbind(lora_id)
         return lost

@@ -44,8 +44,8 @@ class ServingOptions:
         max_error: an adapter whose relative error is above it must not be served compressed.
         base_bits: of a number of the bases on the device: 16 (32 for a model in fp32), or 8 as a quantised collection
             stores them; ``None`` until resolved, then 8 on CPU where they are stored so, else 16.
-        base_slots: clusters whose bases are resident on the device, which bounds the clusters of one batch; ``None``
-            until resolved, then all.
+        base_slots: clusters whose bases are resident on the device, which bounds the clusters of one batch; more than
+            there are is room for other bases to come; ``None`` until resolved, then all.
         arrivals: absolute folder of adapters that came while the server ran, see :mod:`.arrivals`; empty until
             resolved.
         age_cap: seconds after which a request that waits for a slot gets the next one, see :mod:`.admission`.

@@ -45,6 +45,8 @@ class RunningRequests:
         self._in_engine: set[int] = set()
         self._retired: dict[int, _Retired] = {}
         self._over: dict[int, _Retired] = {}
+        self._on_other_bases: set[int] = set()
+        self._an_adapter_left = asyncio.Event()
         self._open = asyncio.Event()
         self._open.set()
         self._drained = asyncio.Event()
@@ -60,16 +62,61 @@ class RunningRequests:
         """The engine knows the adapter by a call of its own."""
         self._in_engine.add(request.lora_int_id)
 
-    def retire(self, request: LoRARequest, release: Callable[[], None], *, at_once: bool = False) -> None:
+    def retire(self, request: LoRARequest, release: Callable[[], None]) -> None:
         """An adapter whose name is gone, or means another one: have it forgotten once nobody uses it.
 
-        release: called when the engine has forgotten it. at_once: nobody uses it, and nobody may any more.
+        release: called when the engine has forgotten it.
         """
         now = asyncio.get_running_loop().time()
-        retired = _Retired(request.lora_int_id, release, now)
-        (self._over if at_once else self._retired)[request.lora_int_id] = retired
+        self._retired[request.lora_int_id] = _Retired(request, release, now)
         if self._sweeper is None or self._sweeper.done():
             self._sweeper = asyncio.create_task(self._sweep(), name="jdlora-retired-adapters")
+
+    def bases_changed(self, *, others_stay: bool) -> None:
+        """Other bases are served from now on: compressed adapters that are retired by now are on those before.
+
+        others_stay: the engine has both. Else nobody uses such an adapter, and nobody may any more.
+        """
+        retired = [lora_id for lora_id, r in self._retired.items() if r.request.lora_path.startswith(PATH_SCHEME)]
+        if others_stay:
+            self._on_other_bases.update(retired)
+            return
+        self._on_other_bases.clear()
+        for lora_id in retired:
+            self._over[lora_id] = self._retired.pop(lora_id)
+
+    async def other_bases_unused(self, timeout: float) -> None:
+        """Wait until no request uses other bases than the newest ones. Nobody is held back for it.
+
+        Requests that have only looked up an adapter on others get what its name means now.
+
+        Raises:
+            JDLoRAError: requests under way took longer than `timeout` seconds.
+        """
+        others = {lora_id: self._retired[lora_id] for lora_id in self._on_other_bases & self._retired.keys()}
+        for retired in others.values():
+            retired.servable = False
+
+        async def left() -> None:
+            while self._running.keys() & others.keys():
+                self._an_adapter_left.clear()
+                await self._an_adapter_left.wait()
+
+        try:
+            await asyncio.wait_for(left(), timeout)
+        except BaseException as error:
+            for retired in others.values():
+                retired.servable = True
+            if not isinstance(error, asyncio.TimeoutError):
+                raise
+            running = sum(self._running[lora_id] for lora_id in others)
+            raise JDLoRAError(
+                f"{running} requests were still running after {timeout:g} s on bases that were replaced before: "
+                "nothing was changed; try again later"
+            ) from None
+        self._on_other_bases.clear()
+        for lora_id in others.keys() & self._retired.keys():
+            self._over[lora_id] = self._retired.pop(lora_id)
 
     @asynccontextmanager
     async def held_back(self, timeout: float) -> AsyncIterator[None]:
@@ -127,8 +174,8 @@ class RunningRequests:
 
     def _servable(self, asked: LoRARequest) -> LoRARequest:
         """What a request asks for as long as it is kept, else what the name means now."""
-        current = self._names.get(asked.lora_name)
-        if current is asked or asked.lora_int_id in self._retired:
+        current, retired = self._names.get(asked.lora_name), self._retired.get(asked.lora_int_id)
+        if current is asked or (retired is not None and retired.servable):
             return asked
         if current is None:
             raise VLLMNotFoundError(f"The model `{asked.lora_name}` does not exist.")
@@ -138,6 +185,7 @@ class RunningRequests:
         self._running[lora_id] -= 1
         if not self._running[lora_id]:
             del self._running[lora_id]
+            self._an_adapter_left.set()
         if lora_id in self._retired:
             self._retired[lora_id].unused_since = asyncio.get_running_loop().time()
         self._compressed -= compressed
@@ -158,19 +206,21 @@ class RunningRequests:
                     self._over[lora_id] = self._retired.pop(lora_id)
 
     async def _forget(self, retired: _Retired) -> None:
+        lora_id = retired.request.lora_int_id
         try:
-            if retired.lora_id in self._in_engine:
-                self._in_engine.discard(retired.lora_id)
-                await self._engine.remove_lora(retired.lora_id)
+            if lora_id in self._in_engine:
+                self._in_engine.discard(lora_id)
+                await self._engine.remove_lora(lora_id)
         except Exception:
             # A dead engine ends the server by itself.
-            logger.exception("The engine could not forget adapter id %d", retired.lora_id)
+            logger.exception("The engine could not forget adapter id %d", lora_id)
         finally:
             retired.release()
 
 
 @dataclass
 class _Retired:
-    lora_id: int
+    request: LoRARequest
     release: Callable[[], None]
     unused_since: float
+    servable: bool = True

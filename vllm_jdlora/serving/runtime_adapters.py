@@ -40,7 +40,7 @@ class Loaded:
 
     Attributes:
         path: what a request for it carries.
-        files: of the arrivals folder, which it uses.
+        files: of the arrivals folder; it is a user of each.
     """
 
     adapter: Adapter
@@ -56,6 +56,7 @@ class RuntimeAdapters:
         changing: held while the names, the collection or an adapter's place change: one change at a time.
         loaded: adapters that came at run time, by name.
         collection: that is served now.
+        base_slots: clusters whose bases the workers have room for.
     """
 
     def __init__(self, models: Any, options: ServingOptions, running: RunningRequests, directory: str = ""):
@@ -67,6 +68,7 @@ class RuntimeAdapters:
         self.collection = open_once(options.collection)
         self.loaded: dict[str, Loaded] = {}
         self.changing = asyncio.Lock()
+        self.base_slots = options.base_slots or self.collection.manifest.clusters
         self.max_error = options.max_error
         self.limit = error_limit(self.collection, self.max_error)
         for entry in self.collection.manifest.plain:
@@ -118,11 +120,11 @@ class RuntimeAdapters:
                     return loaded
             return self.names[name]
 
-    def drop(self, name: str, request: LoRARequest, *, at_once: bool = False) -> None:
+    def drop(self, name: str, request: LoRARequest) -> None:
         """Retire what a name meant, with its files."""
         loaded = self.loaded.pop(name, None)
         files = (Path(request.lora_path),) if loaded is None else loaded.files
-        self.running.retire(request, partial(self.copies.release, *files), at_once=at_once)
+        self.running.retire(request, partial(self.copies.release, *files))
 
     def take_in(self, adapter: Adapter, collection: Collection, limit: float) -> Loaded:
         """Copy and place an adapter; nothing of it is served yet. For a thread: reads, computes and writes files.
@@ -130,28 +132,39 @@ class RuntimeAdapters:
         Raises:
             JDLoRAError: it does not fit the base model or changed meanwhile, or the disk refuses.
         """
-        copy = self.copies.copy(adapter)
-        try:
-            placement = place(collection, copy, limit)
-            if placement.sigma is None:
-                check_plain(copy, self.engine.vllm_config.lora_config)
-                return Loaded(copy, placement, str(copy.path), (copy.path,))
-            assert placement.cluster is not None and placement.relative_error is not None
-            manifest = collection.manifest
-            digest = write_arrival(
-                self.copies.folder,
-                placement.sigma,
-                manifest=manifest,
-                cluster=placement.cluster,
-                name=copy.name,
-                relative_error=placement.relative_error,
-                source_sha256=copy.sha256,
-            )
-            path = AdapterPath(manifest.revision, placement.cluster, copy.name, digest)
-            return Loaded(copy, placement, str(path), (copy.path, self.copies.sigma_path(digest)))
-        except JDLoRAError:
-            self.copies.discard(copy.path)
-            raise
+        with self.copies.kept():
+            copy = self.copies.copy(adapter)
+            files = [copy.path]
+            try:
+                placement = place(collection, copy, limit)
+                if placement.sigma is None:
+                    check_plain(copy, self.engine.vllm_config.lora_config)
+                    path = str(copy.path)
+                else:
+                    path, sigma_file = self._write_sigma(copy, placement, collection)
+                    files.append(sigma_file)
+            except JDLoRAError:
+                self.copies.discard(copy.path)
+                raise
+            self.copies.use(*files)
+        return Loaded(copy, placement, path, tuple(files))
+
+    def _write_sigma(self, adapter: Adapter, placement: Placement, collection: Collection) -> tuple[str, Path]:
+        """What a request for a compressed adapter carries, and the file with its Σ."""
+        assert placement.sigma is not None
+        assert placement.cluster is not None and placement.relative_error is not None
+        manifest = collection.manifest
+        digest = write_arrival(
+            self.copies.folder,
+            placement.sigma,
+            manifest=manifest,
+            cluster=placement.cluster,
+            name=adapter.name,
+            relative_error=placement.relative_error,
+            source_sha256=adapter.sha256,
+        )
+        path = AdapterPath(manifest.revision, placement.cluster, adapter.name, digest)
+        return str(path), self.copies.sigma_path(digest)
 
     async def _load(
         self, name: str, find: Callable[[], Path], base_model_name: str | None = None, is_3d: bool = False
@@ -172,7 +185,6 @@ class RuntimeAdapters:
         request = LoRARequest(name, self.models.lora_id_counter.inc(1), loaded.path, is_3d_lora_weight=is_3d)
         if base_model_name is not None and self.models.is_base_model(base_model_name):
             request.base_model_name = base_model_name
-        self.copies.use(*loaded.files)
         self.running.sent(request)
         try:
             await self.engine.add_lora(request)

@@ -92,6 +92,11 @@ class ScalingBuffer:
         rows, width = self.sigma.shape[1:3]
         self._whole = rank == width and torch.equal(slices.covered, torch.arange(rows))
 
+    def is_laid_out(self, slices: ModuleSlices, rank: int) -> bool:
+        """Whether Σ of this layout can be written beside those that are there."""
+        same = torch.equal(slices.order, self._order) and torch.equal(slices.covered, self._covered)
+        return same and rank == self._rank
+
     def write(self, slot: int, stored: torch.Tensor, name: str) -> None:
         """Copy one adapter's Σ into a slot.
 

@@ -70,7 +70,7 @@ class StepPlanner:
         self._place_of_other = place_of_other
         self._planned: _Planned | None = None
         self.steps = self.plans = 0
-        self._ids = self._clusters = np.empty(0, dtype=np.int64)
+        self._ids = self._numbers = np.empty(0, dtype=np.int64)
         self._distinct: tuple[int, int] | None = None
 
     @property
@@ -123,9 +123,9 @@ class StepPlanner:
             JDLoRAError: more clusters than base slots.
         """
         self._planned = self._distinct = None
-        clusters, slots = self._directory.places(lora_ids)
-        self._ids, self._clusters = lora_ids.copy(), clusters
-        bases = self._bases.slots(clusters).copy()
+        bases, slots = self._directory.places(lora_ids)
+        self._ids, self._numbers = lora_ids.copy(), bases
+        bases = self._bases.slots(bases)
         compressed = Places(bases.copy(), slots.copy())
         others = np.flatnonzero((bases < 0) & (lora_ids > 0))
         ids = lora_ids[others].tolist()
@@ -136,5 +136,5 @@ class StepPlanner:
 
     def _count(self) -> tuple[int, int]:
         if self._distinct is None:
-            self._distinct = len(set(self._ids.tolist()) - {0}), len(set(self._clusters.tolist()) - {-1})
+            self._distinct = len(set(self._ids.tolist()) - {0}), len(set(self._numbers.tolist()) - {-1})
         return self._distinct

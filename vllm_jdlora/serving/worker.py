@@ -44,13 +44,13 @@ class JDWorker(ReportingWorker, PlatformWorker):
             )
         return result
 
-    def jdlora_load_collection(self, path: str, revision: str) -> dict[str, Any]:
+    def jdlora_load_collection(self, path: str, revision: str, beside: bool = False) -> dict[str, Any]:
         """Serve another revision of the collection from now on; ``collective_rpc("jdlora_load_collection", …)``.
 
-        What it does and raises: :meth:`~vllm_jdlora.serving.manager.JDLoRAModelManager.load_collection`. Where the
-        bases are others, no request may be in the engine.
+        What it does and raises, and what must not run then:
+        :meth:`~vllm_jdlora.serving.manager.JDLoRAModelManager.load_collection`.
         """
-        result: dict[str, Any] = self.model_runner.lora_manager._adapter_manager.load_collection(path, revision)
+        result: dict[str, Any] = self.model_runner.lora_manager._adapter_manager.load_collection(path, revision, beside)
         return result
 
     def jdlora_statistics(self) -> dict[str, Any]:
