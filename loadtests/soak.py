@@ -23,7 +23,7 @@ from bench_conditions import default_dtype, default_model
 from bench_engine import stop_on_termination
 from plot_soak import PICTURE, RESULTS, plot
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from soak_adapters import BASE, SoakAdapters, write_adapters
+from soak_adapters import BASE, CLUSTERS, SoakAdapters, write_adapters
 from soak_reference import TOLERANCES, Checked, check_answers
 from soak_report import print_verdicts, record_of
 from soak_run import BATCH, CONTEXT, Soak, Soaked
@@ -52,6 +52,7 @@ def server_arguments(args: argparse.Namespace, model: Path, adapters: SoakAdapte
         f"--jd-scaling-slots={args.slots}",
         "--jd-max-error=0.3",
         "--max-loras=2",
+        f"--jd-base-slots={args.base_slots}",
         *eager,
     ]
 
@@ -77,6 +78,13 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--adapters", type=int, default=2000, help="in the collection; at least 10")
     parser.add_argument("--slots", type=int, help="scaling matrices on the device; default: a quarter of the adapters")
+    parser.add_argument(
+        "--base-slots",
+        type=int,
+        default=2 * CLUSTERS,
+        help=f"clusters that there is room for; fewer than two collections' {2 * CLUSTERS}: a reload to other bases "
+        "lets requests wait",
+    )
     parser.add_argument("--load", type=float, default=0.8, help="share of the measured capacity")
     parser.add_argument("--capacity-seconds", type=float, default=90, help="of the closed loop, after a quarter more")
     parser.add_argument("--popularity", default="power:0.3", help="as in workload.py; S-LoRA's power law")

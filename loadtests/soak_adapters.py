@@ -14,8 +14,10 @@ from bench_conditions import ROOT
 sys.path.append(str(ROOT))  # contents, and the merged reference, are those of the tests against real servers
 
 from tests.serving import churn_adapters
-from tests.serving.churn_adapters import Content
+from tests.serving.churn_adapters import CLUSTERS, Content
 from tests.serving.name_history import History, Spell
+
+__all__ = ["ARRIVING", "BASE", "CLUSTERS", "Content", "History", "SoakAdapters", "churn_adapters", "write_adapters"]
 
 BASE = "base"
 ARRIVING = tuple(f"arrived-{i}" for i in range(6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import random
 import time
@@ -37,6 +38,7 @@ class Operator:
         events: calls that were answered with 200.
         outcomes: ``compressed`` or ``plain`` → adapters that were loaded so.
         failed: what was not answered with 200.
+        paused: seconds that each reload held requests of compressed adapters back.
         revision: number of the revision that is served.
     """
 
@@ -48,6 +50,7 @@ class Operator:
     events: list[Event] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
+    paused: list[float] = field(default_factory=list)
     revision: int = 0
 
     def __post_init__(self) -> None:
@@ -108,6 +111,7 @@ class Operator:
         if text is None:
             return
         self.revision = number
+        self.paused.append(json.loads(text)["paused_seconds"])
         gone = [n for n in self.history.now() if n not in contents and n not in ARRIVING]
         for name in gone:
             self.history.change(name, None, called, answered)

@@ -34,7 +34,18 @@ def record_of(
         exit_code=soaked.exit_code,
     )
     summary = summarise((a.timing for a in clients.answers), begin, begin + seconds)
-    settings = ("dtype", "eager", "slots", "load", "popularity", "prompt_tokens", "output_tokens", "base_share", "seed")
+    settings = (
+        "dtype",
+        "eager",
+        "slots",
+        "base_slots",
+        "load",
+        "popularity",
+        "prompt_tokens",
+        "output_tokens",
+        "base_share",
+        "seed",
+    )
     pieces = pieces_of(clients.answers, soaked.watch.seen, begin, seconds, max(2.0, args.seconds / 120))
     record = {
         **conditions(),
@@ -59,6 +70,7 @@ def record_of(
             "wrong": clients.hostile.wrong,
         },
         "loaded": dict(clients.operator.outcomes),
+        "paused_seconds": clients.operator.paused,
         "events": [
             [e.kind, round(e.called - begin, 2), round(e.answered - begin, 2), e.detail]
             for e in clients.operator.events

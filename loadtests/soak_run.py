@@ -24,7 +24,7 @@ from soak_hostile import HostileClient, hostile_requests, keep_sending
 from soak_traffic import SharedStems, SoakTraffic
 from soak_watch import Watch
 from traffic_summary import TrafficSummary, summarise
-from workload import TrafficSpec, generate
+from workload import Trace, TraceRequest, TrafficSpec, generate
 
 from vllm_jdlora.demo.server import Server
 from vllm_jdlora.errors import JDLoRAError
@@ -32,6 +32,8 @@ from vllm_jdlora.errors import JDLoRAError
 CONTEXT, BATCH = 512, 32
 """Tokens of a prompt and its answer; requests that run at once."""
 CAPACITY_REQUESTS = 4096
+WARM_TOKENS = 256
+"""On CPU oneDNN keeps code for 1,024 shapes of products, and a model has four for each number of tokens in a step."""
 RELOADS = 18
 """In the whole soak: the operator's six reloads once in each third of it, so that thirds can be compared."""
 DRAIN_SECONDS = 180.0
@@ -140,13 +142,16 @@ class Soak:
         )
 
     async def _warm_up(self, session: aiohttp.ClientSession, target: Target) -> None:
-        """Many adapters once: what is allocated at first use is there afterwards."""
-        count = min(len(self.adapters.names), 2 * self.args.slots)
-        spec = TrafficSpec(len(self.adapters.names), count, popularity="distinct", prompt=(8, 9), output=(2, 3))
-        task = self.progress.add_task("warming up", total=count)
-        await replay_by_users(
-            session, target, generate(spec), BATCH, on_answer=lambda answered: self._counted(answered, task)
-        )
+        """Many adapters once, and steps of each size: what is allocated at first use is there afterwards."""
+        known = len(self.adapters.names)
+        count = min(known, 2 * self.args.slots)
+        spec = TrafficSpec(known, count, popularity="distinct", prompt=(8, 9), output=(2, 3))
+        sizes = tuple(TraceRequest(0.0, i % known, i + 1, 1) for i in range(WARM_TOKENS))
+        task = self.progress.add_task("warming up", total=count + len(sizes))
+        for trace, users in ((generate(spec), BATCH), (Trace(spec, sizes), 1)):
+            await replay_by_users(
+                session, target, trace, users, on_answer=lambda answered: self._counted(answered, task)
+            )
 
     async def _capacity(self, session: aiohttp.ClientSession, target: Target) -> TrafficSummary:
         """As many users as a batch holds, who ask again as soon as they are answered."""

@@ -107,11 +107,13 @@ def _no_answer_crossed(checked: Checked | None) -> Verdict:
         return Verdict(name, None, "not compared")
     apart = 1 - checked.confused / checked.others if checked.others else None
     figures = f"{checked.answers} of {checked.contents} contents, {len(checked.wrong)} wrong"
+    if checked.undecided:
+        figures += f", {len(checked.undecided)} with a far token (rounding: up to {checked.most_undecided})"
     if apart is not None:
         figures += f"; of {checked.others} comparisons with another's, {100 * apart:.0f} % told apart"
-    return Verdict(
-        name, not checked.wrong and (apart is None or apart >= TOLD_APART), _with_examples(figures, checked.wrong)
-    )
+    told = apart is None or apart >= TOLD_APART
+    held = not checked.wrong and len(checked.undecided) <= checked.most_undecided and told
+    return Verdict(name, held, _with_examples(figures, checked.wrong))
 
 
 def _counts(comparisons: Sequence[Comparison]) -> Verdict:

@@ -18,7 +18,7 @@ from soak_adapters import Content, History, Spell
 from soak_churn import Event, Operator
 from soak_counts import Clients, Comparison, compare_counts
 from soak_hostile import COMPLETIONS, GONE, LOAD, HostileClient, HostileRequest, hostile_requests
-from soak_reference import Checked, Distance, Tolerance, contents_of, distance
+from soak_reference import TOLERANCES, Checked, Distance, Tolerance, contents_of, distance, most_by_chance
 from soak_run import Interrupts
 from soak_series import MIB, Growth, Thirds, growth_of, pieces_of, thirds_of
 from soak_traffic import Answer, SharedStems, SoakTraffic
@@ -88,6 +88,9 @@ def test_everything_that_breaks_is_said():
     assert judged(good, comparisons=[replace(GOOD, server=6)]) == ["server and clients count the same"]
     crossed = Checked(answers=10, contents=8, others=4, wrong=["a, request 3"])
     assert judged(good, checked=crossed) == ["sampled answers are those of their adapter"]
+    undecided = Checked(answers=10, contents=8, undecided=["a, request 3", "a, request 4"], most_undecided=1)
+    assert judged(good, checked=undecided) == ["sampled answers are those of their adapter"]
+    assert judged(good, checked=replace(undecided, most_undecided=2)) == []
     blind = Checked(answers=10, contents=8, others=4, confused=2)
     assert judged(good, checked=blind) == ["sampled answers are those of their adapter"]
     assert judged(good, growth=Growth(1200.0, 40.0, 5.0)) == ["memory is flat"]
@@ -177,12 +180,26 @@ def test_an_answer_of_another_adapter_is_far_away(tmp_path):
         given = answer(tokens=0)
         timing = replace(given.timing, tokens=tuple(f"token_id:{t}" for t in tokens), logprobs=tuple(logprobs))
         given = replace(given, timing=timing)
-        tolerance = Tolerance(1e-4, 1e-4)
-        assert distance(model, prompt, given).within(tolerance)
-        assert distance(model, prompt, given).logprob < 1e-5
+        tolerance = Tolerance(1e-4, token=1e-4, off=0.0, behind=1e-4, undecided=0.0)
+        found = distance(model, prompt, given, tolerance)
+        assert found.within(tolerance) and found.logprob < 1e-5 and found.behind < 1e-5
     with torch.no_grad(), merged(model, others):
-        assert not distance(model, prompt, given).within(tolerance)
-    assert not Distance(0.0, 0.1).within(tolerance), "a token that is no near-tie"
+        assert not distance(model, prompt, given, tolerance).within(tolerance)
+
+
+def test_rounding_may_move_few_tokens_of_an_answer_far_and_no_answer_as_a_whole():
+    tolerance = TOLERANCES["bfloat16"]
+    assert Distance(0.32, off=0.2, behind=13.3).within(tolerance)
+    assert not Distance(0.2, off=0.3, behind=0.2).within(tolerance), "of another adapter, where many tokens are sure"
+    assert not Distance(0.4, off=0.2, behind=0.2).within(tolerance)
+
+
+@pytest.mark.parametrize(("count", "share"), [(450, 0.036), (30, 0.036), (450, 0.0), (0, 0.036)])
+def test_more_answers_than_by_chance_are_told(count, share):
+    most, draw = most_by_chance(count, share), np.random.default_rng(0)
+    seen = draw.binomial(count, share, 200_000)
+    assert (seen > most).mean() <= 1.3e-3
+    assert most == 0 or (seen > most - 1).mean() > 0.8e-3
 
 
 def test_an_answer_may_be_of_any_content_its_name_had_meanwhile_but_not_of_the_base():

@@ -29,6 +29,7 @@ def test_a_short_soak_holds_all_that_it_can_judge(tmp_path, monkeypatch, capsys)
     assert record["checked"]["others"] > record["checked"]["confused"] == 0
     kinds = {kind for kind, *_ in record["events"]}
     assert {"load", "reload", "reload, other bases"} <= kinds
+    assert record["paused_seconds"] and not any(record["paused_seconds"])
     assert len(record["hostile"]["statuses"]) >= 15 and not record["hostile"]["wrong"]
     assert len(record["counts"]) == 18 and record["pieces"][-1]["at"] >= 20
     assert "collection reloaded" in picture.read_text()
