@@ -21,6 +21,7 @@ SHORT = (4, 64, 1024)
 RANK = 16
 ADAPTERS_PER_CLUSTER = 4
 _BASE_BYTES, _SIGMA_BYTES = 2, 4  # of a number on the device: bf16, and Σ in fp32 as the CPU kernel reads it
+_SCALE_BYTES = 4  # of bases in 8 bits: fp32, for each direction of U and of V
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Series:
         told: a stock server is told which modules its adapters change; by itself it wraps every linear one and the
             logits, and computes zeros there.
         counts: numbers of adapters it is measured at. None: all of the figure.
+        quantize: of compressed adapters' bases, as ``jdlora compress`` takes it.
     """
 
     key: str
@@ -43,6 +45,7 @@ class Series:
     slots: str | None = None
     told: bool = True
     counts: tuple[int, ...] | None = None
+    quantize: str = "none"
 
 
 SERIES = (
@@ -52,6 +55,7 @@ SERIES = (
     Series("d", "stock vLLM, a slot for each adapter", "stock", "all"),
     Series("e", "uncompressed here, slots of equal memory", "plain", "equal"),
     Series("f", "compressed", "compressed"),
+    Series("f8", "compressed, bases in int8", "compressed", counts=(64, 1024, 10_000), quantize="int8"),
 )
 SHORT_SERIES = ("c", "f")
 
@@ -91,8 +95,11 @@ class LoRABytes:
         """A LoRA slot of stock vLLM that is told its targets, and as much a pair of bases of that rank."""
         return _BASE_BYTES * RANK * sum(part.d_out + part.d_in for part in self.slices)
 
-    def compressed(self, adapters: int, clusters: int) -> int:
-        return clusters * self.slot + adapters * _SIGMA_BYTES * RANK**2 * len(self.slices)
+    def compressed(self, adapters: int, clusters: int, quantize: str = "none") -> int:
+        bases = self.slot
+        if quantize != "none":
+            bases = bases // _BASE_BYTES + 2 * RANK * _SCALE_BYTES * len(self.slices)
+        return clusters * bases + adapters * _SIGMA_BYTES * RANK**2 * len(self.slices)
 
 
 def clusters_of(adapters: int) -> int:
@@ -131,6 +138,7 @@ def _point(series: Series, adapters: int, memory: LoRABytes, clusters: int | Non
     clusters = clusters_of(adapters) if clusters is None else clusters
     compressed = memory.compressed(adapters, clusters)
     if series.kind == "compressed":
-        return Point(series.key, adapters, RANK, clusters, None, compressed)
+        own = memory.compressed(adapters, clusters, series.quantize)
+        return Point(series.key, adapters, RANK, clusters, None, own)
     slots = {"one": 1, "equal": min(adapters, math.ceil(compressed / memory.slot)), "all": adapters}[series.slots or ""]
     return Point(series.key, adapters, RANK, clusters, slots, slots * memory.slot)

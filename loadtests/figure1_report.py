@@ -37,11 +37,14 @@ def flatness(points: Points, series: str = "f") -> float | None:
 
 
 def goals_of(points: Points) -> list[Goal]:
-    compressed, flat = points.get(("f", MANY)), flatness(points)
+    flat = flatness(points)
     most = max((n for key, n in points if key == "f"), default=0)
     errors = float(sum(m.errors for m in points.values()))
     return [
-        _at_least(f"(f)/(a) >= {LEAST_OF_BASE} at {MANY:,}", compressed and compressed.ratio, LEAST_OF_BASE),
+        *(
+            _at_least(f"({key})/(a) >= {LEAST_OF_BASE} at {MANY:,}", found and found.ratio, LEAST_OF_BASE)
+            for key, found in (("f", points.get(("f", MANY))), ("f8", points.get(("f8", MANY))))
+        ),
         *(
             _at_least(
                 f"(f)/({key}) >= {LEAST_OF_STOCK:g} at {MANY:,}", ratio_between(points, "f", key, MANY), LEAST_OF_STOCK

@@ -35,7 +35,7 @@ class Instant:
         return None
 
 
-SPEED = {"b": 0.4, "c": 0.2, "c-default": 0.1, "d": 0.25, "e": 0.9, "f": 1.0}
+SPEED = {"b": 0.4, "c": 0.2, "c-default": 0.1, "d": 0.25, "e": 0.9, "f": 1.0, "f8": 1.0}
 
 
 def run(monkeypatch, tmp_path, model, *flags, dies=(), real=False):
@@ -81,13 +81,14 @@ def test_a_run_measures_reports_and_draws(monkeypatch, tmp_path, model, capsys):
     code, asked, results, picture = run(monkeypatch, tmp_path, model, *flags)
     assert code == 0
     points = [(key, n) for n in (4, 64, 1024) for key in "cdef"]
-    assert set(asked) == {*points, ("b", 1), ("c-default", 1024)} and len(asked) == 14
+    eight_bit = {("f8", 64), ("f8", 1024)}
+    assert set(asked) == {*points, *eight_bit, ("b", 1), ("c-default", 1024)} and len(asked) == 16
     shown = capsys.readouterr().out
     assert "(f)/(a) >= 0.95 at 1,024: 1, met" in shown and "(f)/(c) >= 4 at 1,024: 5, met" in shown
     assert "from 64 to 1,024 adapters within 3%: 0, met" in shown and "no error: 0, met" in shown
     assert "(f) compressed" in picture.read_text()
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert len(lines) == 14 and all(len(line["base"]) == 2 and "commit" in line["conditions"] for line in lines)
+    assert len(lines) == 16 and all(len(line["base"]) == 2 and "commit" in line["conditions"] for line in lines)
     assert len({json.dumps(line["settings"]) for line in lines}) == 1
 
 
