@@ -3,8 +3,10 @@
     vllm serve MODEL --served-model-name base --lora-compression jd --lora-collection COLLECTION &
     python loadtests/cross_check.py --url http://localhost:8000 --tokenizer MODEL
 
-Both keep as many users busy with prompts and answers of fixed lengths, each request for an adapter drawn evenly; they
-take turns, there and back. Exit code 1 where the means differ by more than `--within`.
+Both keep as many users busy until as many requests are answered, with prompts and answers of fixed lengths, each
+request for an adapter drawn evenly. The rate is all output tokens over the time from the first request to the last
+token, filling and draining included, in both. They take turns, there and back, after a run of Locust that is not
+counted. Exit code 1 where the medians differ by more than `--within`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +39,8 @@ class Load:
         tokenizer: folder of the base model.
         users: requests that run at once.
         prompt, output: tokens of every request.
-        requests: of a run of vLLM's benchmark.
-        seconds: of a run of Locust.
+        requests: of every run.
+        seed: of the first round's prompts.
     """
 
     url: str
@@ -47,7 +50,7 @@ class Load:
     prompt: int
     output: int
     requests: int
-    seconds: int
+    seed: int
 
 
 def by_vllm(load: Load, scratch: Path, round_: int) -> float:
@@ -61,7 +64,8 @@ def by_vllm(load: Load, scratch: Path, round_: int) -> float:
             *("--random-input-len", str(load.prompt), "--random-output-len", str(load.output), "--ignore-eos"),
             # By itself it samples, which costs the server time; the locustfile asks for greedy answers.
             *("--temperature", "0"),
-            *("--num-prompts", str(load.requests), "--max-concurrency", str(load.users), "--seed", str(round_)),
+            *("--num-prompts", str(load.requests), "--max-concurrency", str(load.users)),
+            *("--seed", str(load.seed + round_)),
             *("--lora-modules", *load.served.adapters, "--lora-assignment", "random", "--disable-tqdm"),
             *("--save-result", "--result-filename", str(result)),
         ]
@@ -74,30 +78,23 @@ def by_vllm(load: Load, scratch: Path, round_: int) -> float:
 
 
 def by_locust(load: Load, scratch: Path, round_: int) -> float:
-    """Output tokens/s as the locustfile reports them; users finish their last request, as those of vLLM do."""
+    """Output tokens/s as the locustfile reports them."""
     prefix = scratch / f"locust-{round_}"
     vocabulary = json.loads((load.tokenizer / "config.json").read_text())["vocab_size"]
     _run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "locust",
-                "-f",
-                str(LOCUSTFILE),
-                "--host",
-                load.url,
-                "--headless",
-                "--only-summary",
-            ),
-            *("--users", str(load.users), "--spawn-rate", str(load.users), "--run-time", f"{load.seconds}s"),
-            *("--stop-timeout", "600", "--csv", str(prefix), "--vocabulary", str(vocabulary), "--seed", str(round_)),
+            *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", load.url, "--headless"),
+            *("--users", str(load.users), "--spawn-rate", str(load.users), "--requests", str(load.requests)),
+            *("--only-summary", "--csv", str(prefix), "--vocabulary", str(vocabulary)),
+            *("--seed", str(load.seed + round_)),
             *("--prompt-tokens", str(load.prompt), str(load.prompt + 1)),
             *("--output-tokens", str(load.output), str(load.output + 1)),
         ]
     )
     with open(f"{prefix}_traffic.csv") as file:
         (row,) = csv.DictReader(file)
+    if row["requests"] != str(load.requests):
+        raise JDLoRAError(f"Locust completed {row['requests']} of {load.requests} requests: {row['errors']}")
     return float(row["output tokens/s"])
 
 
@@ -115,33 +112,34 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=160, help="of each run of vllm bench serve")
-    parser.add_argument("--seconds", type=int, default=45, help="of each run of Locust")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=160, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, help="default: the clock, as a server keeps the prompts that it has seen")
     parser.add_argument("--within", type=float, default=0.05)
     args = parser.parse_args()
+    seed = int(time.time()) if args.seed is None else args.seed
+    ways: dict[str, Callable[[Load, Path, int], float]] = {"vllm bench serve": by_vllm, "locust": by_locust}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     try:
-        served = ask_models(args.url)
         load = Load(
             args.url,
-            served,
+            ask_models(args.url),
             args.tokenizer,
             args.users,
             args.prompt_tokens,
             args.output_tokens,
             args.requests,
-            args.seconds,
+            seed,
         )
-        ways: dict[str, Callable[[Load, Path, int], float]] = {"vllm bench serve": by_vllm, "locust": by_locust}
-        rates: dict[str, list[float]] = {name: [] for name in ways}
         with tempfile.TemporaryDirectory(prefix="jdlora-cross-check-") as scratch:
+            by_locust(load, Path(scratch), args.rounds)
             for round_ in range(args.rounds):
                 for name in list(ways) if round_ % 2 == 0 else reversed(ways):
                     rates[name].append(ways[name](load, Path(scratch), round_))
                     print(f"round {round_ + 1}, {name}: {rates[name][-1]:.1f} output tokens/s", flush=True)
     except JDLoRAError as error:
         parser.error(str(error))
-    one, other = (statistics.fmean(values) for values in rates.values())
+    one, other = (statistics.median(values) for values in rates.values())
     print(f"locust / vllm bench serve: {other / one:.3f}")
     if abs(other / one - 1) > args.within:
         raise SystemExit(1)
