@@ -47,10 +47,10 @@ class Tolerance:
 TOLERANCES = {
     # fp32 on both sides through thirty layers.
     "float32": Tolerance(2e-3, token=5e-3, off=0.0, behind=2e-3, undecided=0.0),
-    # Where nothing can be mixed up, transformers in bf16 (176 answers) and the engine with one adapter at a time (73):
-    # mean up to 0.33, at most 0.20 of the tokens off, a token further behind in 3 % and 5 % (up to 13 nats). Answers
-    # of another adapter: mean 0.40 or more, 0.21 (one of 20) and from 0.40 on of the tokens off.
-    "bfloat16": Tolerance(0.35, token=0.3, off=0.25, behind=1.2, undecided=0.036),
+    # transformers in bf16 with one adapter at a time (176 answers): mean up to 0.33, a token further behind in 2.8 %.
+    # The engine with one adapter at a time (73): up to 0.32, at most 0.20 of the tokens off, further behind in 5 %.
+    # Answers of another adapter (20): mean 0.40 or more, 0.21 (one) and from 0.40 on of the tokens off.
+    "bfloat16": Tolerance(0.35, token=0.3, off=0.25, behind=1.2, undecided=0.028),
 }
 
 
