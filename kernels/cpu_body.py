@@ -264,3 +264,9 @@ def _compiled(form: Form, rank: int) -> Call:
     function = ctypes.PYFUNCTYPE(None, *[ctypes.c_int64] * 7)(call.address)
     function.compiled = (run, call)  # type: ignore[attr-defined]
     return function
+
+
+def address_of(function: Call) -> int:
+    """Of a compiled kernel, for other compiled code to call."""
+    address: int = function.compiled[1].address  # type: ignore[attr-defined]
+    return address

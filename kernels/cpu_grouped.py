@@ -122,6 +122,7 @@ class PackedLinear:
         form: of the bases.
         sigma: fp32 [slots, slices, R, R], in memory column by column (a transposed view), or, for JD-Diag,
             [slots, slices, R]; read where it is.
+        parameters_address: what the kernel is called with.
     """
 
     def __init__(self, widths: Sequence[int], d_in: int, rank: int, clusters: int, form: Form, sigma: torch.Tensor):
@@ -148,7 +149,7 @@ class PackedLinear:
             dtype=np.int64,
         )
         self._fill_in()
-        self._data = self._parameters.ctypes.data
+        self.parameters_address: int = self._parameters.ctypes.data
         self._compiling = cpu_body.compiling(form, rank)
         self._run: cpu_body.Call | None = None
         self._take_scratch(cpu_threads.count())
@@ -185,7 +186,15 @@ class PackedLinear:
         run = self._run
         if run is None:
             run = self._run = self._compiling.result()
-        run(self._data, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
+        run(self.parameters_address, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
+
+    def prepare(self, threads: int) -> int:
+        """Have room for so many threads; returns the address of the compiled `cpu_body.Call`, once it is there."""
+        if threads > self._threads:
+            self._take_scratch(threads)
+        if self._run is None:
+            self._run = self._compiling.result()
+        return cpu_body.address_of(self._run)
 
     def _take_scratch(self, threads: int) -> None:
         self._parameters[cpu_body.SCRATCH] = _scratch(self._scratch_bytes * threads)

@@ -1,18 +1,19 @@
 """The serving options as a part of vLLM's compile key: compiled code serves any collection.
 
 vLLM keeps compiled models on disk under a digest of its whole configuration. The code that it compiles here holds the
-names of layers and an operator that it does not look into, no sizes and no paths of a collection: without this a server
-would compile for a minute whenever its collection has changed.
+places of layers and an operator that it does not look into, no sizes and no paths of a collection: without this a
+server would compile for a minute whenever its collection has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_jdlora.serving.options import CONFIG_KEY
+from vllm_jdlora.serving.options import CONFIG_KEY, IN_PYTHON
 
 
 class CompileKey(Mapping[str, Any]):
@@ -36,5 +37,6 @@ class CompileKey(Mapping[str, Any]):
     def compute_hash(self) -> str:
         """Hexadecimal; equal for options of equal effect on compiled code."""
         others = {key: value for key, value in self._values.items() if key != CONFIG_KEY}
-        compiled = {"compression": CONFIG_KEY in self._values, **others}
+        # Graphs call one of two operators.
+        compiled = {"compression": CONFIG_KEY in self._values, "python": bool(os.environ.get(IN_PYTHON)), **others}
         return hashlib.sha256(json.dumps(compiled, sort_keys=True).encode()).hexdigest()

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 CONFIG_KEY = "jdlora"
 """Where the options live in vLLM's ``additional_config``."""
 
+IN_PYTHON = "JDLORA_PYTHON_OPERATOR"
+"""Variable of the environment that has Python call each layer's kernel on CPU, where a profiler can look at it."""
+
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The widths that vLLM's LoRA buffers can have (``vllm.config.lora.MaxLoRARanks``)."""
 

@@ -1,8 +1,8 @@
 """What stands between vLLM's LoRA layers and the kernels: who is in the batch, and each layer's own view of Σ.
 
 A layer reaches its kernels through operators that torch.compile does not look into, so that vLLM can compile the model
-around them. An operator finds the layer by name in vLLM's forward context, as attention does: compiled code that vLLM
-caches on disk is then right for any engine.
+around them. An operator finds the layer by name in vLLM's forward context, as attention does, or is handed a tensor of
+the layer's: compiled code that vLLM caches on disk is then right for any engine.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def layer_of(name: str) -> Any:
     return get_forward_context().no_compile_layers[name]
 
 
-_library = torch.library.Library("vllm_jdlora", "FRAGMENT")
+NAMESPACE = "vllm_jdlora"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define_operator(schema: str, function: Callable[..., None], *devices: str) -> None:
@@ -110,11 +111,17 @@ def define_operator(schema: str, function: Callable[..., None], *devices: str) -
 
     torch.library.custom_op would add tens of microseconds of Python to each of hundreds of calls in an eager step.
     """
-    name = schema.partition("(")[0]
-    _library.define(schema)
+    name = declare_operator(schema)
     for device in devices:
         _library.impl(name, function, device)
-    torch.library.register_fake(f"vllm_jdlora::{name}", _fake, lib=_library)
+
+
+def declare_operator(schema: str) -> str:
+    """The same without a function that does it: it is given elsewhere. Returns NAME."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=_library)
+    return name
 
 
 def _fake(*args: Any) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_jdlora.collection.io import QuantizedBasis
+from vllm_jdlora.kernels import cpu_operator
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
 from vllm_jdlora.kernels.cpu_layout import Form
 from vllm_jdlora.kernels.eight_bit_bases import EightBitBases
 from vllm_jdlora.serving.eight_bit_loading import load_cluster
-from vllm_jdlora.serving.punica import JDPunica, LayerPunica, define_operator, layer_of
+from vllm_jdlora.serving.options import IN_PYTHON
+from vllm_jdlora.serving.punica import NAMESPACE, JDPunica, LayerPunica, declare_operator, define_operator, layer_of
+
+logger = logging.getLogger("vllm.jdlora")
 
 _NO_TOKENS = np.empty(0, dtype=np.int64)
 
@@ -45,6 +52,8 @@ class JDPunicaCPU(JDPunica):
         self._dtype = torch.float32 if dtype == torch.float16 else dtype
         self._eight_bit = eight_bit
         self.groups = self.eight_bit_groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
+        # A model in fp16 is widened for the kernel, layer by layer, in Python.
+        self._step = cpu_operator.Step() if dtype != torch.float16 and _compiled_operator() else None
 
     def update_tokens(self, token_base: np.ndarray, token_slot: np.ndarray) -> None:
         """Plan the step: base slot and scaling slot of each token, int64 [T] each; −1 for none."""
@@ -52,16 +61,18 @@ class JDPunicaCPU(JDPunica):
         self.groups = TokenGroups.plan(token_base - first, token_slot)
         if first:
             self.eight_bit_groups = TokenGroups.plan(np.where(token_base < first, token_base, -1), token_slot)
+        if self._step is not None:
+            self._step.take(self.groups, self.eight_bit_groups)
 
     def _wrapper(self, name: str, layer: Any, sigma: torch.Tensor) -> LayerPunicaCPU:
         packed = _take_over(layer, sigma, Form.here(self._dtype))
-        if self._eight_bit is None:
-            return LayerPunicaCPU(self, name, packed)
-        clusters, stored = self._eight_bit
-        form = Form.here(self._dtype, stored)
-        return LayerPunicaCPU(
-            self, name, packed, PackedLinear(packed.widths, packed.d_in, packed.rank, clusters, form, sigma)
-        )
+        eight_bit = None
+        if self._eight_bit is not None:
+            clusters, stored = self._eight_bit
+            form = Form.here(self._dtype, stored)
+            eight_bit = PackedLinear(packed.widths, packed.d_in, packed.rank, clusters, form, sigma)
+        call = None if self._step is None else cpu_operator.LayerCall(self._step, packed, eight_bit)
+        return LayerPunicaCPU(self, name, packed, eight_bit, call)
 
 
 class LayerPunicaCPU(LayerPunica):
@@ -69,9 +80,18 @@ class LayerPunicaCPU(LayerPunica):
 
     _shared: JDPunicaCPU
 
-    def __init__(self, shared: JDPunicaCPU, name: str, packed: PackedLinear, eight_bit: PackedLinear | None = None):
+    def __init__(
+        self,
+        shared: JDPunicaCPU,
+        name: str,
+        packed: PackedLinear,
+        eight_bit: PackedLinear | None,
+        call: cpu_operator.LayerCall | None,
+    ):
+        """call: where the compiled operator does it."""
         super().__init__(shared, name)
-        self._packed, self._eight_bit = packed, eight_bit
+        self._packed, self._eight_bit, self._call = packed, eight_bit, call
+        self._handle = None if call is None else call.handle
 
     def load_8_bits(self, layer: Any, parts: Sequence[QuantizedBasis | None], slot: int) -> None:
         assert self._eight_bit is not None and self._eight_bit.form.eight_bit is not None
@@ -90,7 +110,10 @@ class LayerPunicaCPU(LayerPunica):
         **kwargs: Any,
     ) -> None:
         """``y += U Σ V x``; ``scale`` is 1 in every caller, adapters' scalings are folded into Σ."""
-        torch.ops.vllm_jdlora.linear_cpu_(y, x, self.name)
+        if self._handle is None:
+            torch.ops.vllm_jdlora.linear_cpu_(y, x, self.name)
+        else:
+            torch.ops.vllm_jdlora.compiled_linear_cpu_(y, x, self._handle)
 
     def run(self, y: torch.Tensor, x: torch.Tensor) -> None:
         groups, eight_bit_groups = self._shared.groups, self._shared.eight_bit_groups
@@ -144,4 +167,17 @@ def _linear_cpu_(y: torch.Tensor, x: torch.Tensor, layer: str) -> None:
     layer_of(layer).run(y, x)
 
 
+@lru_cache(maxsize=1)
+def _compiled_operator() -> bool:
+    """Whether there is the operator that needs no Python; made when the first engine asks."""
+    if os.environ.get(IN_PYTHON):
+        return False
+    if not cpu_operator.available():
+        logger.warning("torch %s has no interface for compiled operators: Python calls the layers", torch.__version__)
+        return False
+    cpu_operator.implement(NAMESPACE, _COMPILED)
+    return True
+
+
+_COMPILED = declare_operator("compiled_linear_cpu_(Tensor(a!) y, Tensor x, Tensor handle) -> ()")
 define_operator("linear_cpu_(Tensor(a!) y, Tensor x, str layer) -> ()", _linear_cpu_, "CPU")
