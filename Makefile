@@ -65,7 +65,7 @@ soak: setup  ## half an hour of everything at once on a real server, 2,000 adapt
 loadtest: setup  ## Locust over the adapters of a running server, web page on port 8089 (LOADTEST=flags, as --host URL)
 	$(BIN)/locust -f loadtests/locustfile.py $(LOADTEST)
 
-bench-scheduler: setup  ## which requests run together where bases are swapped: simulated with vLLM's scheduler, and on engines
+bench-scheduler: setup  ## which requests run together where bases are swapped: simulated with vLLM's scheduler, and on servers
 	$(BIN)/python loadtests/simulate_scheduler.py --plot docs/scheduler.svg
 	$(BIN)/python loadtests/bench_cluster_order.py
 

@@ -1,203 +1,197 @@
-"""Cluster order on and off on real engines whose base slots are scarce (`make bench-scheduler`).
+"""Cluster order on and off on real servers whose base slots are scarce, over HTTP (`make bench-scheduler`).
 
-Two vLLM engines serve one synthetic collection of a real model, which differ in `cluster_order` alone, and take turns
-with the same trace of `workload.py`: the same arrivals by the clock on the wall, clusters and lengths. Told are
-requests a second from the first arrival to the last answer, bases brought to the device, and the time to the first
-token, of all requests and of the rarest clusters. One JSON line goes to `results/bench_cluster_order.jsonl`.
+A `vllm serve` process with `--jd-cluster-order off` (first come, first served) stays up, and for each age cap one with
+it on takes turns with it: the same synthetic collection of a real model, and in each round the same trace of
+`workload.py` (arrivals by the clock on the wall, clusters and lengths). Told are requests a second from the first
+arrival to the last answer, bases brought to the device (from `/metrics`), and the time from a request's arrival to its
+first token, of all requests and of those for the rarest clusters. One JSON line for each age cap goes to
+`results/bench_cluster_order.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-import multiprocessing
-import os
-import statistics
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 from bench_conditions import conditions, default_dtype, default_model
+from bench_engine import stop_on_termination
+from cluster_order_report import COUNTERS, RARE, Turn, shown, summary_of, word_of
+from figure1_turns import wait_until_idle
+from openai_client import open_session
+from replay import Answered, Target, replay_at_its_times
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from soak_watch import read_counters, value_of
 from synthetic_collections import ATTENTION, LINEAR, write_collection
-from wait_figures import wait_figures
 from workload import Trace, TrafficSpec, generate
 
+from vllm_jdlora.collection import Collection
+from vllm_jdlora.demo.server import Server
+from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.records import append_line
 from vllm_jdlora.serving.options import AGE_CAP
 
 RESULTS = Path(__file__).parent / "results" / "bench_cluster_order.jsonl"
 TARGETS = {"attention": ATTENTION, "linear": LINEAR}
+AGE_CAPS = (0.5, 2.0, 8.0)
 
 
 @dataclass(frozen=True)
-class EngineSpec:
-    """One engine: a model and a collection, and how many clusters and requests a batch may hold."""
+class Members:
+    """The adapters of a collection, by cluster, those of one cluster side by side."""
 
-    model: str
-    collection: str
-    dtype: str
-    base_slots: int
-    max_num_seqs: int
-    age_cap: float
-    cluster_order: bool
+    by_cluster: list[list[str]]
 
+    @classmethod
+    def of(cls, collection: Collection) -> Members:
+        found: dict[int, list[str]] = {}
+        for entry in collection.manifest.adapters:
+            found.setdefault(entry.cluster, []).append(entry.name)
+        return cls([found[cluster] for cluster in sorted(found)])
 
-class _Served:
-    """An engine's process: the engine, and the adapters of each cluster that has any."""
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.by_cluster for name in names]
 
-    engine: Any
-    by_cluster: list[list[Any]]
-    turns = 0
-
-
-def start(spec: EngineSpec) -> None:
-    """Make this process an engine."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR")
-    from vllm import LLM
-
-    from vllm_jdlora.collection import Collection
-    from vllm_jdlora.serving.requests import lora_requests
-
-    options = {name: getattr(spec, name) for name in ("collection", "base_slots", "age_cap", "cluster_order")}
-    llm = LLM(
-        spec.model,
-        skip_tokenizer_init=True,
-        dtype=spec.dtype,
-        max_model_len=256,
-        max_num_seqs=spec.max_num_seqs,
-        max_num_batched_tokens=1024,
-        kv_cache_memory_bytes=256 << 20,
-        enable_prefix_caching=False,
-        additional_config={"jdlora": options},
-    )
-    collection = Collection.open(spec.collection, verify=False)
-    requests = lora_requests(collection)
-    _Served.engine = llm
-    by_cluster: dict[int, list[Any]] = {}
-    for entry in collection.manifest.adapters:
-        by_cluster.setdefault(entry.cluster, []).append(requests[entry.name])
-    _Served.by_cluster = [by_cluster[cluster] for cluster in sorted(by_cluster)]
-
-
-def take_turn(traffic: TrafficSpec) -> dict[str, Any]:
-    """Serve a trace; what came of it. "Adapters" of the trace are clusters, the rarest last."""
-    engine, trace = _Served.engine.llm_engine, generate(traffic)
-    _Served.turns += 1
-    before = _Served.engine.collective_rpc("jdlora_statistics")[0]
-    first, steps, seconds = _serve(engine, trace)
-    after = _Served.engine.collective_rpc("jdlora_statistics")[0]
-    grown = {name: after[name] - before[name] for name in ("base_swaps", "base_bytes")}
-    waits = [(trace.requests[i].adapter, wait) for i, wait in first.items()]
-    return {
-        "requests_per_second": round(len(trace.requests) / seconds, 3),
-        "seconds": round(seconds, 3),
-        "steps": steps,
-        **grown,
-        "swaps_per_step": round(grown["base_swaps"] / steps, 4),
-        **wait_figures(waits, traffic.adapters, "first_token"),
-    }
-
-
-def _serve(engine: Any, trace: Trace) -> tuple[dict[int, float], int, float]:
-    """Seconds from each request's arrival to its first token, steps, and seconds from the first arrival to the end."""
-    from vllm import SamplingParams
-
-    tokens = engine.model_config.get_vocab_size()
-    first: dict[int, float] = {}
-    steps = sent = 0
-    start = time.perf_counter() - trace.requests[0].at
-    while sent < len(trace.requests) or engine.has_unfinished_requests():
-        now = time.perf_counter() - start
-        while sent < len(trace.requests) and trace.requests[sent].at <= now:
-            asked = trace.requests[sent]
-            members = _Served.by_cluster[asked.adapter]
-            engine.add_request(
-                str(sent),
-                {"prompt_token_ids": trace.prompt_ids(sent, tokens, _Served.turns)},
-                SamplingParams(temperature=0, max_tokens=asked.output_tokens, ignore_eos=True, detokenize=False),
-                lora_request=members[sent % len(members)],
-            )
-            sent += 1
-        if not engine.has_unfinished_requests():
-            time.sleep(trace.requests[sent].at - now)
-            continue
-        outputs = engine.step()
-        steps += 1
-        now = time.perf_counter() - start
-        for output in outputs:
-            number = int(output.request_id)
-            first.setdefault(number, now - trace.requests[number].at)
-    return first, steps, time.perf_counter() - start - trace.requests[0].at
-
-
-def compare(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """A row for each turn of each engine."""
-    model = given.model or default_model()
-    rows = []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("writing the collection", total=3 + 2 * given.rounds)
-        adapters, rank = given.clusters * given.members, given.rank
-        collection = write_collection(
-            folder / "c", model, TARGETS[given.targets], adapters=adapters, clusters=given.clusters, rank=rank
+    def asked_by(self, trace: Trace) -> Trace:
+        """A trace over clusters as one over `names`: the members of a cluster take turns."""
+        first = [0]
+        for names in self.by_cluster:
+            first.append(first[-1] + len(names))
+        requests = tuple(
+            replace(r, adapter=first[r.adapter] + i % len(self.by_cluster[r.adapter]))
+            for i, r in enumerate(trace.requests)
         )
-        progress.advance(task)
-        traffic = TrafficSpec(
-            len({entry.cluster for entry in collection.manifest.adapters}),
+        return Trace(replace(trace.spec, adapters=first[-1]), requests)
+
+
+class Bench:
+    """One model and one collection, and how they are served and asked."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path):
+        self.given, self.folder = given, folder
+        self.model: Path = given.model or default_model()
+        self.dtype: str = given.dtype or default_dtype()
+        self.vocabulary: int = json.loads((self.model / "config.json").read_text())["vocab_size"]
+        self.collection = write_collection(
+            folder / "collection",
+            self.model,
+            TARGETS[given.targets],
+            adapters=given.clusters * given.members,
+            clusters=given.clusters,
+            rank=given.rank,
+        )
+        self.members = Members.of(self.collection)
+        self.clusters = len(self.members.by_cluster)
+
+    def traffic(self, round_: int) -> TrafficSpec:
+        given = self.given
+        return TrafficSpec(
+            self.clusters,
             given.requests,
             arrivals=f"gamma:{given.rate:g}:1",
             popularity=f"zipf:{given.zipf:g}",
             prompt=(max(1, given.prompt // 2), given.prompt + given.prompt // 2 + 1),
             output=(max(1, given.answer // 2), given.answer + given.answer // 2 + 1),
-            seed=given.seed,
+            seed=given.seed + round_,
         )
-        warm_up = TrafficSpec(traffic.adapters, 8, prompt=(8, 9), output=(4, 5))
-        engines = {}
-        for order in (False, True):
-            progress.update(task, description=f"starting the engine with cluster order {'on' if order else 'off'}")
-            spec = EngineSpec(
-                str(model),
-                str(folder / "c"),
-                given.dtype or default_dtype(),
-                given.base_slots,
-                given.max_num_seqs,
-                given.age_cap,
-                order,
-            )
-            engines[order] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start, (spec,))
-            # The first steps of an engine are slow.
-            engines[order].submit(take_turn, warm_up).result()
-            progress.advance(task)
-        for round_ in range(given.rounds):
-            for order, engine in engines.items():
-                progress.update(task, description=f"round {round_ + 1}, cluster order {'on' if order else 'off'}")
-                found = engine.submit(take_turn, traffic.with_seed(given.seed + round_)).result()
-                rows.append({"cluster_order": order, "round": round_ + 1, **found})
-                progress.advance(task)
-        for engine in engines.values():
-            engine.shutdown()
-    return rows
+
+    @contextmanager
+    def serving(self, order: bool, age_cap: float) -> Iterator[Server]:
+        """A server that has answered a few requests: its first steps are slow."""
+        given = self.given
+        arguments = [
+            str(self.model),
+            f"--dtype={self.dtype}",
+            "--served-model-name=base",
+            "--max-model-len=256",
+            f"--max-num-seqs={given.max_num_seqs}",
+            "--max-num-batched-tokens=1024",
+            f"--kv-cache-memory-bytes={256 << 20}",
+            "--no-enable-prefix-caching",
+            "--uvicorn-log-level=warning",
+            "--lora-compression=jd",
+            f"--lora-collection={self.collection.path}",
+            f"--jd-base-slots={given.base_slots}",
+            f"--jd-age-cap={age_cap}",
+            f"--jd-cluster-order={'auto' if order else 'off'}",
+        ]
+        log = self.folder / f"serve-{'on' if order else 'off'}-{age_cap:g}.log"
+        with Server(arguments, timeout=900, log_path=log) as server:
+            lengths = {"prompt": (8, 9), "output": (4, 5)}
+            warm_up = TrafficSpec(self.clusters, 2 * given.max_num_seqs, arrivals="gamma:50:1", **lengths)
+            asyncio.run(self._replay(server, generate(warm_up)))
+            yield server
+
+    def take_turn(self, server: Server, order: bool, round_: int) -> Turn:
+        trace = generate(self.traffic(round_))
+        before = self._counters(server)
+        answers = asyncio.run(self._replay(server, trace))
+        after = self._counters(server)
+        last = max(a.timing.started + a.timing.seconds for a in answers)
+        return Turn(
+            order,
+            round_,
+            seconds=last - min(a.due for a in answers),
+            grown={name: after[name] - before[name] for name in COUNTERS},
+            waits=[(trace.requests[a.index].adapter, a.timing.started + _ttft(a) - a.due) for a in answers],
+        )
+
+    async def _replay(self, server: Server, trace: Trace) -> list[Answered]:
+        target = Target(server.url, "base", self.members.names, self.vocabulary)
+        answers: list[Answered] = []
+        async with open_session() as session:
+            await replay_at_its_times(session, target, self.members.asked_by(trace), on_answer=answers.append)
+        for answered in answers:
+            if error := answered.timing.error:
+                raise JDLoRAError(f"a request for {answered.timing.model} failed: {error} {answered.timing.detail}")
+        wait_until_idle(server.url)
+        return answers
+
+    def _counters(self, server: Server) -> dict[str, float]:
+        page = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).raise_for_status()
+        counters = read_counters(page.text)
+        return {figure: value_of(counters, sample) for figure, sample in COUNTERS.items()}
 
 
-def shown(rows: list[dict[str, Any]]) -> Table:
-    table = Table("cluster order", "req/s", "bases swapped", "in a step", "first token p50, s", "p99", "rarest p99")
-    columns = ("requests_per_second", "base_swaps", "swaps_per_step", "first_token_p50", "first_token_p99")
-    for order in (False, True):
-        turns = [row for row in rows if row["cluster_order"] == order]
-        figures = [statistics.median(row[name] for row in turns) for name in columns]
-        rare = [row["rare_first_token_p99"] for row in turns if row["rare_first_token_p99"] is not None]
-        worst = f"{statistics.median(rare):.3g}" if rare else "–"
-        table.add_row("on" if order else "off", *(f"{value:.3g}" for value in figures), worst)
-    table.caption = "medians over the rounds"
-    return table
+def _ttft(answered: Answered) -> float:
+    ttft = answered.timing.ttft
+    assert ttft is not None, "an answer without an error has a first token"
+    return ttft
 
 
-def main(arguments: list[str] | None = None) -> None:
+def take_turns(bench: Bench, servers: dict[bool, Server], rounds: int, told: Callable[[str], None]) -> list[Turn]:
+    """Turns of a server with cluster order off and of one with it on; `told` what comes next."""
+    turns = []
+    for round_ in range(rounds):
+        # There and back: what follows what is not always the same.
+        for order in (False, True) if round_ % 2 == 0 else (True, False):
+            told(f"round {round_ + 1}, cluster order {word_of(order)}")
+            turns.append(bench.take_turn(servers[order], order, round_))
+    return turns
+
+
+def record_of(bench: Bench, turns: list[Turn], age_cap: float) -> dict[str, Any]:
+    given = vars(bench.given)
+    settings = {name: value for name, value in given.items() if name not in ("json", "results", "model", "rounds")}
+    settings |= {"model": bench.model.name, "dtype": bench.dtype, "age_cap": age_cap, "rare": RARE}
+    return {
+        **conditions(),
+        **settings,
+        "rows": [turn.as_json(bench.clusters) for turn in turns],
+        "summary": {word_of(order): summary_of(turns, order, bench.clusters) for order in (False, True)},
+    }
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder (default: SmolLM2 135M)")
     parser.add_argument("--dtype", help="of the model (default: what the processor is fast in)")
@@ -207,27 +201,45 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=32, help="of the bases")
     parser.add_argument("--targets", choices=TARGETS, default="linear")
     parser.add_argument("--max-num-seqs", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=200, help="of each turn")
     parser.add_argument("--rate", type=float, default=20, help="requests a second (Poisson)")
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the clusters' popularity")
     parser.add_argument("--prompt", type=int, default=16, help="mean tokens")
     parser.add_argument("--answer", type=int, default=16, help="mean tokens")
-    parser.add_argument("--age-cap", type=float, default=AGE_CAP, help="seconds")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--age-cap", type=float, nargs="+", default=AGE_CAPS, help="seconds; a server with the order on for each"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the record, not the table")
+    parser.add_argument("--json", action="store_true", help="print the records, not the table")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = compare(given, Path(folder))
-    settings = {k: v for k, v in vars(given).items() if k not in ("json", "results", "model", "rounds")}
-    settings |= {"model": (given.model or default_model()).name, "dtype": given.dtype or default_dtype()}
-    record = {**conditions(), "threads": len(os.sched_getaffinity(0)), **settings, "rows": rows}
-    append_line(given.results, record)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parsed(arguments)
+    stop_on_termination()
+    records = []
+    turns_and_starts = 1 + len(given.age_cap) * (2 * given.rounds + 1)
+    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("writing the collection", total=1 + turns_and_starts)
+        bench = Bench(given, Path(folder))
+
+        def told(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        told("starting the server with cluster order off")
+        with bench.serving(False, AGE_CAP) as first_come:
+            for age_cap in given.age_cap:
+                told(f"starting the server with cluster order on, age cap {age_cap:g} s")
+                with bench.serving(True, age_cap) as ordered:
+                    turns = take_turns(bench, {False: first_come, True: ordered}, given.rounds, told)
+                records.append(record_of(bench, turns, age_cap))
+                append_line(given.results, records[-1])
     if given.json:
-        print(json.dumps(record))
+        print(json.dumps(records))
     else:
-        Console(width=110).print(shown(rows))
+        Console(width=120).print(shown(records))
 
 
 if __name__ == "__main__":
