@@ -244,6 +244,21 @@ def test_the_page_follows_the_revision_and_forgets_the_old_one(compressing, capl
     assert "jdlora event=revision engine=0 old=first new=second" in caplog_of_jdlora.text
 
 
+def test_a_reload_is_on_the_page_before_the_next_step_and_a_step_from_before_it_takes_nothing_back(
+    compressing, caplog_of_jdlora, tmp_path
+):
+    logger = JDPrometheusLogger(compressing, [0])
+    engine = Engine(tmp_path)
+    engine.counts = {"revision": "second"}
+    under_way = engine.step()
+    adapter_metrics.set_revision("third")
+    third = [(("model_name", "base"), ("revision", "third"))]
+    assert list(page()["jdlora:collection_info"]) == third
+    record(logger, under_way)
+    assert list(page()["jdlora:collection_info"]) == third
+    assert "jdlora event=revision engine=0 old=first new=second" in caplog_of_jdlora.text, "of the step, all the same"
+
+
 def test_loads_are_counted_by_what_became_of_them(compressing, caplog_of_jdlora):
     JDPrometheusLogger(compressing, [0])
     adapter_metrics.observe_load("a", "compressed", 0.2, 0.07)

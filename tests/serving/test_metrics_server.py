@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+from pathlib import Path
 
 import httpx
 import pytest
@@ -80,6 +82,27 @@ def test_a_router_sees_who_runs_and_the_page_does_not_grow(jd_server):
             return running
 
     assert sorted(asyncio.run(look_while_they_run()).split(",")) == sorted(COMPRESSED)
+
+
+def test_an_idle_server_names_the_revision_that_it_was_told_to_serve(jd_server, collection, tmp_path):
+    from vllm_jdlora.cli import main
+
+    fewer = tmp_path / "fewer"
+    shutil.copytree(collection, fewer)
+    assert main(["remove", str(fewer), COMPRESSED[-1]]) == 0
+
+    def reload(path: Path) -> None:
+        body = {"lora_collection": str(path)}
+        answer = httpx.post(f"{jd_server.url}/v1/reload_lora_collection", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+
+    try:
+        for path in (fewer, collection, fewer):
+            reload(path)
+            [(labels, _)] = page(jd_server.url)["jdlora:collection_info"]
+            assert labels["revision"] == Collection.open(path).manifest.revision, "nothing was asked since"
+    finally:
+        reload(collection)
 
 
 def test_the_log_says_what_is_served_and_what_moved(jd_server, collection):

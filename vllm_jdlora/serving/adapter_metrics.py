@@ -1,4 +1,4 @@
-"""What an API server knows of adapters: how many it serves by name, and what became of those loaded at run time."""
+"""What an API server knows of adapters: the revision and how many it serves, and what became of those loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from prometheus_client import Counter, Gauge, Histogram
 
 from vllm_jdlora.serving.event_log import event
+from vllm_jdlora.serving.one_series import OneSeries
 
 Result = Literal["compressed", "plain", "refused"]
 
@@ -17,7 +18,17 @@ RELATIVE_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.
 class AdapterMetrics:
     """Made once for each API server by :class:`~vllm_jdlora.serving.metrics.JDPrometheusLogger`."""
 
-    def __init__(self, model_name: str):
+    def __init__(self, model_name: str, revision: str | None):
+        info = Gauge(
+            "jdlora:collection_info",
+            "1 for the revision of the collection that is served.",
+            ["model_name", "revision"],
+            multiprocess_mode="mostrecent",
+        )
+        self._model_name = model_name
+        self._collection_info = OneSeries(info, per_process=False)
+        self._reloaded = False
+        self._show_revision(revision)
         known = Gauge(
             "jdlora:adapters_known",
             "Adapters that the server serves by name.",
@@ -44,6 +55,19 @@ class AdapterMetrics:
         self._loads = {result: loads.labels(model_name, result) for result in get_args(Result)}
         self._seconds = {result: seconds.labels(model_name, result) for result in get_args(Result)}
 
+    def set_revision(self, revision: str) -> None:
+        """The engine serves this revision since this server's call, whether or not it has made a step since."""
+        self._reloaded = True
+        self._show_revision(revision)
+
+    def follow_revision(self, revision: str) -> None:
+        """A step was of this revision. Once this server has changed it, it knows: the step may be an older one."""
+        if not self._reloaded:
+            self._show_revision(revision)
+
+    def _show_revision(self, revision: str | None) -> None:
+        self._collection_info.set({"model_name": self._model_name, "revision": str(revision)}, 1)
+
     def set_known(self, compressed: int, plain: int) -> None:
         self._known["compressed"].set(compressed)
         self._known["plain"].set(plain)
@@ -58,10 +82,20 @@ class AdapterMetrics:
 _metrics: AdapterMetrics | None = None
 
 
-def start(model_name: str) -> None:
-    """Count from now on; before, and where statistics are off, loads are only logged."""
+def start(model_name: str, revision: str | None) -> AdapterMetrics:
+    """Count from now on; before, and where statistics are off, loads are only logged.
+
+    revision: of the collection that is served.
+    """
     global _metrics
-    _metrics = AdapterMetrics(model_name)
+    _metrics = AdapterMetrics(model_name, revision)
+    return _metrics
+
+
+def set_revision(revision: str) -> None:
+    """This server has told the engine to serve another revision."""
+    if _metrics is not None:
+        _metrics.set_revision(revision)
 
 
 def set_known(compressed: int, plain: int) -> None:

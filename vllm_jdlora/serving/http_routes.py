@@ -18,7 +18,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving import starting_collection
+from vllm_jdlora.serving import adapter_metrics, starting_collection
 from vllm_jdlora.serving.adapter_names import AdapterNames
 from vllm_jdlora.serving.collection_swap import CollectionSwap
 from vllm_jdlora.serving.model_list import ModelList
@@ -102,6 +102,7 @@ def _add_reload_route(router: APIRouter, swap: CollectionSwap) -> None:
         except JDLoRAError as error:
             logger.warning("The collection was not reloaded: %s", error)
             return _error(create_error_response(str(error), err_type="InvalidUserInput"))
+        adapter_metrics.set_revision(done.revision)
         return JSONResponse(done.as_json())
 
 

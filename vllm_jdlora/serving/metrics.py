@@ -95,7 +95,6 @@ class _CompressionMetrics:
         _unregister("jdlora:")
         self._options = options
         self._max_lora = str((options.scaling_slots or 0) + (options.plain_slots or 0))
-        self._model = str(next(iter(engines.values()))[0])
         self._gauges = {
             name: {i: family.labels(*labels) for i, labels in engines.items()}
             for name, (metric, text) in GAUGES.items()
@@ -120,18 +119,10 @@ class _CompressionMetrics:
             buckets=CLUSTERS_PER_STEP,
         )
         self._clusters = {i: clusters.labels(*labels) for i, labels in engines.items()}
-        info = Gauge(
-            "jdlora:collection_info",
-            "1 for the revision of the collection that is served.",
-            ["model_name", "revision"],
-            multiprocess_mode="mostrecent",
-        )
-        self._collection_info = OneSeries(info, per_process=False)
         self._lora_info = OneSeries(lora_info, per_process=True)
         self._revisions = dict.fromkeys(engines, options.revision)
-        self._show_revision(options.revision)
         self._swaps = {i: SummedEvents("swaps") for i in engines}
-        adapter_metrics.start(self._model)
+        self._adapters = adapter_metrics.start(str(next(iter(engines.values()))[0]), options.revision)
 
     def record(self, scheduler_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
         report = take_report(scheduler_stats)
@@ -165,11 +156,8 @@ class _CompressionMetrics:
         old = self._revisions[engine_idx]
         if revision != old:
             self._revisions[engine_idx] = revision
-            self._show_revision(revision)
+            self._adapters.follow_revision(revision)
             event("revision", engine=engine_idx, old=old, new=revision)
-
-    def _show_revision(self, revision: str) -> None:
-        self._collection_info.set({"model_name": self._model, "revision": revision}, 1)
 
 
 def name_list(requests: Mapping[str, int]) -> str:
