@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from tests import tiny_llama, tiny_models
+from tests.collection.families import write_member
 from vllm_jdlora.cli import main
 from vllm_jdlora.collection import Collection
 from vllm_jdlora.commands.byte_budget import byte_budget, size_in_bytes
@@ -127,6 +128,48 @@ def test_a_plain_adapter_of_higher_rank_widens_every_buffer_of_the_server(adapte
     wide = planned_after(capsys, tmp_path / "c")
     assert wide["each_adapter"] == 4 * narrow["each_adapter"]  # Σ [32, 32] and not [16, 16]
     assert wide["bases"] == 2 * narrow["bases"] and wide["plain_slots"] == 2 * narrow["plain_slots"]
+
+
+def test_modules_that_only_plain_adapters_change_have_buffers_as_well(adapters, tmp_path, capsys):
+    stranger = tiny_llama.write_adapter(tmp_path / "stranger", 9, targets=["q_proj", "o_proj"])
+    assert main(["compress", str(adapters), "-o", str(tmp_path / "c"), "--rank", "4", "--clusters", "1"]) == 0
+    before = planned_after(capsys, tmp_path / "c")
+    assert main(["add", str(tmp_path / "c"), str(stranger)]) == 0
+    capsys.readouterr()
+    facts = planned(capsys, tmp_path / "c")
+    assert facts["plain"] == ["stranger"] and facts["wrapped_modules"] == 2 * tiny_llama.LAYERS
+    device, q, hidden = facts["choices"][0]["bytes"]["device"], 128, tiny_llama.HIDDEN
+    added = tiny_llama.LAYERS * 2 * 16 * (q + hidden)  # o_proj's A and B, in bf16, rank 16
+    assert device["bases"] == before["bases"] + added and device["plain_slots"] == before["plain_slots"] + added
+    assert device["each_adapter"] == before["each_adapter"] * 4 // 3, "beside q, k and v"
+
+
+def test_adapters_that_an_error_budget_keeps_plain_are_counted_as_the_collection_that_is_made_of_them(tmp_path, capsys):
+    for i in range(8):
+        write_member(tmp_path / "a" / f"m{i}", 0, i)
+    write_member(tmp_path / "a" / "stranger", 1, 9, rank=24)
+    flags = ("--device-memory", "1MiB", "--adapters-expected", "90")
+    best = planned(capsys, tmp_path / "a", "--max-error", "0.3", *flags)["recommended"]
+    assert best["plain"] == ["stranger"] and best["method"] == "full"
+    command = [str(tmp_path / "c") if part == "COLLECTION" else part for part in shlex.split(best["command"])]
+    assert main(command[1:]) == 0
+    capsys.readouterr()
+    made = planned(capsys, tmp_path / "c")["choices"][0]
+    assert best["bytes"] == made["bytes"]
+    assert best["bytes"]["disk"]["total"] == best["total_bytes"]
+    # Σ [32, 32] for the stranger's rank of 24, in fp16 or bf16, of the four slices and v_proj beside them.
+    device, disk = best["bytes"]["device"], best["bytes"]["disk"]
+    assert device["each_adapter"] == 2 * 6 * 32**2
+    assert best["bytes"]["host"] == 8 * disk["each_adapter"]
+    # Of ninety such adapters ten are plain.
+    expected = best["expected"]
+    assert expected["clusters"] == 10 * best["clusters"] and expected["host"] == 80 * disk["each_adapter"]
+    assert expected["disk"] == 10 * disk["total"]
+    fixed = device["bases"] + device["plain_slots"] + device["each_adapter"]
+    assert expected["device"] == fixed + 9 * device["bases"] + 80 * device["each_adapter"]
+    most = best["fit"]["on_these_bases"]
+    for adapters, fits in ((most, True), (most + 1, False)):
+        assert (fixed + (adapters - adapters // 9) * device["each_adapter"] <= 1 << 20) is fits
 
 
 def planned_after(capsys, collection) -> dict:

@@ -145,11 +145,13 @@ def _of_model(args: argparse.Namespace) -> tuple[dict[str, Any], Room, dict[str,
 
 
 def _of_collection(args: argparse.Namespace) -> tuple[dict[str, Any], Room, dict[str, tuple[int, int]]]:
+    from vllm_jdlora.adapter import read_adapter
     from vllm_jdlora.collection import Collection
     from vllm_jdlora.commands.plan_room import room_of
     from vllm_jdlora.jd.budget import Sizes
 
-    manifest = Collection.open(args.paths[0], verify=False).manifest
+    collection = Collection.open(args.paths[0], verify=False)
+    manifest = collection.manifest
     sizes = Sizes(
         slices=tuple((part.d_out, part.d_in) for part in manifest.slices),
         plain=tuple(PLAIN_WIDTH * a.parameters for a in manifest.adapters),
@@ -162,9 +164,11 @@ def _of_collection(args: argparse.Namespace) -> tuple[dict[str, Any], Room, dict
     shapes = shapes_of(manifest.slices)
     plain_ranks = [p.rank for p in manifest.plain]
     rank = max([a.rank for a in manifest.adapters] + plain_ranks)
-    # A server's buffers have one width, and its plain adapters must fit into them.
+    # A server's buffers have one width, and its plain adapters must fit into them; it wraps what they change as well.
     args = argparse.Namespace(**{**vars(args), "max_lora_rank": max([args.max_lora_rank, *plain_ranks])})
-    room, facts = room_of(args, sizes, shapes, rank)
+    plain = [read_adapter(collection.plain_path(entry.name), entry.name) for entry in manifest.plain]
+    of_plain = shapes_of(part.shape for adapter in plain if not adapter.plain_only for part in adapter.slices.values())
+    room, facts = room_of(args, sizes, shapes, rank, of_plain=of_plain)
     errors = [a.relative_error for a in manifest.adapters]
     squared = sum(e * e for e in errors) / len(errors)
     return (

@@ -27,7 +27,9 @@ class Room:
         device: what a worker allocates for it.
         adapter_rank: of the uncompressed adapters.
         memory: of the device for adapters, in bytes.
-        expected: how many adapters there will be; with more of them, as many in a cluster as now.
+        expected: how many adapters there will be; with more of them, as many in a cluster and as large a share plain
+            as now.
+        plain: positions of the adapters that are kept plain: they have no Σ, and `device` is wide enough for them.
     """
 
     sizes: Sizes
@@ -35,6 +37,7 @@ class Room:
     adapter_rank: int
     memory: int | None = None
     expected: int | None = None
+    plain: tuple[int, ...] = ()
 
     @property
     def plain_slot(self) -> int:
@@ -43,7 +46,7 @@ class Room:
 
     def row(self, clusters: int, rank: int) -> dict[str, Any]:
         """All bytes of one rank and number of clusters."""
-        sizes, device, n = self.sizes, self.device, self.sizes.n
+        sizes, device, compressed = self.sizes, self.device, self._compressed(self.sizes.n)
         row: dict[str, Any] = {
             "rank": rank,
             "clusters": clusters,
@@ -51,37 +54,42 @@ class Room:
                 "disk": {
                     "bases": sizes.bases(clusters, rank),
                     "each_adapter": sizes.scaling(rank),
-                    "total": sizes.total(clusters, rank),
+                    "total": sizes.total(clusters, rank, self.plain),
                 },
-                "host": n * sizes.scaling(rank),
+                "host": compressed * sizes.scaling(rank),
                 "device": {
                     "bases": device.bases(clusters, rank),
                     "each_adapter": device.scaling(rank),
                     "plain_slots": device.plain_slots(rank),
-                    "total": device.total(clusters, rank, n),
+                    "total": device.total(clusters, rank, compressed),
                 },
             },
         }
         if self.expected is not None:
             grown = self._grown(clusters, self.expected)
+            scalings = self._compressed(self.expected) * sizes.scaling(rank)
+            plain = sum(sizes.plain[i] for i in self.plain) * self.expected // sizes.n
             row["expected"] = {
                 "clusters": grown,
-                "disk": sizes.bases(grown, rank) + self.expected * sizes.scaling(rank),
-                "host": self.expected * sizes.scaling(rank),
-                "device": device.total(grown, rank, self.expected),
+                "disk": sizes.bases(grown, rank) + scalings + plain,
+                "host": scalings,
+                "device": self.device_for(self.expected, clusters, rank),
                 "plain_slots": self.expected * self.plain_slot,
             }
         if self.memory is not None:
             row["fit"] = {
                 "at_this_error": self._most(lambda adapters: self.device_for(adapters, clusters, rank)),
-                "on_these_bases": self._most(lambda adapters: device.total(clusters, rank, adapters)),
+                "on_these_bases": self._most(lambda adapters: device.total(clusters, rank, self._compressed(adapters))),
                 "plain_slots": self.memory // self.plain_slot,
             }
         return row
 
     def device_for(self, adapters: int, clusters: int, rank: int) -> int:
         """Device bytes when there are so many adapters and as many in a cluster as now."""
-        return self.device.total(self._grown(clusters, adapters), rank, adapters)
+        return self.device.total(self._grown(clusters, adapters), rank, self._compressed(adapters))
+
+    def _compressed(self, adapters: int) -> int:
+        return adapters - len(self.plain) * adapters // self.sizes.n
 
     def _grown(self, clusters: int, adapters: int) -> int:
         return math.ceil(clusters * adapters / self.sizes.n)
@@ -99,16 +107,24 @@ class Room:
 
 
 def room_of(
-    args: argparse.Namespace, sizes: Sizes, shapes: Mapping[str, tuple[int, int]], adapter_rank: int
+    args: argparse.Namespace,
+    sizes: Sizes,
+    shapes: Mapping[str, tuple[int, int]],
+    adapter_rank: int,
+    *,
+    of_plain: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[Room, dict[str, Any]]:
-    """Where things go, and what every plan says of it."""
+    """Where things go, and what every plan says of it.
+
+    shapes: (d_out, d_in) of the slices that compressed adapters change, by name. of_plain: of those that plain ones do.
+    """
     from vllm_jdlora.commands.plan_model import key_heads, linear_layers
 
     ranks = args.tensor_parallel_size
     if ranks > 1 and not args.base_model:
         raise JDLoRAError("--tensor-parallel-size needs --base-model, whose heads are divided")
     modules, unknown = wrapped_modules(
-        shapes,
+        {**(of_plain or {}), **shapes},
         linear_layers(args.base_model) if args.base_model else None,
         ranks=ranks,
         key_heads=key_heads(args.base_model) if ranks > 1 else 1,

@@ -65,7 +65,10 @@ def of_adapters(args: argparse.Namespace) -> tuple[dict[str, Any], Room, dict[st
             bounds = certify_clusters(measured, choice.cluster, choice.rank) if full else None
     shapes = shapes_of(slices)
     room, facts = room_of(args, sizes, shapes, max(a.rank for a in adapters))
-    chosen = room if full else replace(room, sizes=diagonal, device=replace(room.device, diagonal=True))
+    # A server's buffers have one width, and its plain adapters must fit into them.
+    width = max([room.device.max_lora_rank, *(adapters[i].rank for i in choice.plain)])
+    device = replace(room.device, diagonal=not full, max_lora_rank=width)
+    chosen = replace(room, sizes=sizes if full else diagonal, device=device, plain=choice.plain)
     return (
         {
             **facts,
