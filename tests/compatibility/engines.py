@@ -90,8 +90,9 @@ def features(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def greedy_and_bytes(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Greedy answers, and what the worker's tensors for adapters take."""
-    return greedy(engine, job) | {"bytes": engine.collective_rpc(_device_bytes)[0]}
+    """Greedy answers, what the worker's tensors for adapters take, and what a reload to ``unfit`` says, if given."""
+    out = greedy(engine, job) | {"bytes": engine.collective_rpc(_device_bytes)[0]}
+    return out | {"refusal": _refusal(engine, job["unfit"])} if "unfit" in job else out
 
 
 def speculative(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +146,17 @@ def _as_json(answer: Any) -> dict[str, Any]:
             for s in answer.outputs
         ],
     }
+
+
+def _refusal(engine: Any, collection: str) -> str:
+    from vllm_jdlora.collection import Collection
+
+    revision = Collection.open(collection).manifest.revision
+    try:
+        engine.collective_rpc("jdlora_load_collection", args=(collection, revision))
+    except Exception as error:  # of a worker in another process it is vLLM's own
+        return str(error)
+    return ""
 
 
 def _chosen(output: Any) -> list[float]:

@@ -213,24 +213,48 @@ def test_the_plan_counts_the_bytes_that_the_worker_allocates(served, files, caps
     assert planned["total"] == sum(allocated[part] for part in ("bases", "plain_slots", "scalings"))
 
 
-@pytest.mark.parametrize(("quantize", "bits"), [("none", 16), ("int8", 8)])
-def test_the_plan_counts_scarce_slots_and_one_rank_of_tensor_parallelism(files, tmp_path, capsys, quantize, bits):
+@pytest.fixture(scope="module", params=["none", "fp8"])
+def scarce(request, files, tmp_path_factory) -> dict:
+    """Of two workers of tensor parallelism, with room for one of two clusters and two of four adapters.
+
+    Bases of 8 bits stay so: this is a CPU.
+    """
+    root = tmp_path_factory.mktemp("scarce")
     model = Path(files["model"])
-    folders = [tiny_models.write_adapter(tmp_path / name, model, seed) for seed, name in enumerate(NAMES)]
+    names = [*NAMES, "fourth"]
+    folders = [tiny_models.write_adapter(root / name, model, seed) for seed, name in enumerate(names)]
     adapters = [read_adapter(folder) for folder in folders]
-    out = tmp_path / "collection"
-    collection = str(compress(adapters, out, rank=8, clusters=2, dtype="fp32", quantize=quantize).path)
-    jdlora = {"collection": collection, "base_slots": 1, "scaling_slots": 2, "base_bits": bits}
+    out = root / "collection"
+    collection = str(compress(adapters, out, rank=8, clusters=2, dtype="fp32", quantize=request.param).path)
+    jdlora = {"collection": collection, "base_slots": 1, "scaling_slots": 2}
     options = {"tensor_parallel_size": 2, "additional_config": {"jdlora": jdlora}}
-    job = {"kind": "greedy_and_bytes", "prompts": [PROMPT], "who": [FIRST], "tokens": 2, "options": options}
+    job = {"kind": "greedy_and_bytes", "prompts": [PROMPT, LONG, PROMPT, LONG[:9], PROMPT], "who": [*names, None]}
+    job |= {"collection": collection, "options": options}
+    if request.param != "none":
+        job["unfit"] = files["collection"]
     # Two workers on a machine of two cores: one thread each, wherever there is room.
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    (result,) = engines.run(files | job | {"collection": collection}, env=env)
+    (result,) = engines.run(files | job, env=env)
+    return files | job | engines.answered(result)
+
+
+def test_the_plan_counts_scarce_slots_and_one_rank_of_tensor_parallelism(scarce, capsys):
     flags = ["--device=cpu", "--dtype=fp32", "--tensor-parallel-size=2", "--jd-base-slots=1", "--jd-scaling-slots=2"]
-    flags.append(f"--jd-base-bits={bits}")
     capsys.readouterr()
-    assert main(["plan", collection, "--base-model", files["model"], *flags, "--json"]) == 0
+    assert main(["plan", scarce["collection"], "--base-model", scarce["model"], *flags, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["choices"][0]["bytes"]["device"]
-    allocated = engines.answered(result)["bytes"]
+    allocated = scarce["bytes"]
     assert (planned["bases"], planned["plain_slots"]) == (allocated["bases"], allocated["plain_slots"])
     assert planned["total"] == sum(allocated[part] for part in ("bases", "plain_slots", "scalings"))
+
+
+def test_answers_with_scarce_slots_equal_merged_weights(scarce, model):
+    for name, prompt, answer in zip(scarce["who"], scarce["prompts"], scarce["answers"], strict=True):
+        check(model, scarce, name, prompt, answer)
+
+
+def test_a_server_with_bases_of_8_bits_says_how_to_serve_others(scarce):
+    if "unfit" not in scarce:
+        pytest.skip("bases of 16 bits take the place of any")
+    assert "are not quantised and this server has buffers for fp8" in scarce["refusal"]
+    assert "--jd-base-bits 16 takes every kind" in scarce["refusal"]
