@@ -53,7 +53,10 @@ def command_here(name: str) -> str | None:
 
 
 def run(command: list[str] | str, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+    # What is on its path only where the tests run is not in an image.
+    environment = dict(options.pop("env", os.environ))
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment, **options)
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)

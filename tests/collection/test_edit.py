@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import traceback
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,7 @@ def test_two_edits_at_once_both_take_effect(world, collection):
                 add(collection, new(world, name))
                 os._exit(0)
             except BaseException:
+                traceback.print_exc()
                 os._exit(1)
         pids.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests import tiny_llama
 from vllm_jdlora.adapter import read_adapter
-from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection import Collection, atomic_folder
 from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.errors import JDLoRAError
@@ -70,3 +72,31 @@ def test_a_result_that_came_meanwhile_is_not_replaced_without_force(folders, tmp
         compress(adapters[:3], target, rank=2, clusters=1)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     assert len(Collection.open(target, verify=True).manifest.adapters) == 3
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_that_is_replaced_is_always_one_or_the_other(tmp_path, monkeypatch, at_once):
+    if not at_once:  # as on systems that cannot let two names change places
+        monkeypatch.setattr(atomic_folder, "_exchanged", lambda one, other: False)
+    elif not hasattr(ctypes.CDLL(None), "renameat2"):
+        pytest.skip("this system cannot let two names change places")
+    target, stop, gaps = tmp_path / "c", threading.Event(), []
+
+    def look():
+        while not stop.is_set():
+            gaps.append(not target.exists())
+
+    with written_atomically(target, "mark") as draft:
+        (draft / "mark").write_text("0")
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for turn in range(100):
+            with written_atomically(target, "mark", force=True) as draft:
+                (draft / "mark").write_text(str(turn))
+    finally:
+        stop.set()
+        looking.join()
+    assert (target / "mark").read_text() == "99" and [p.name for p in tmp_path.iterdir()] == ["c"]
+    if at_once:
+        assert len(gaps) > 100 and not any(gaps)

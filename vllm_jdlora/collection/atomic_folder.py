@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -13,12 +15,16 @@ from safetensors import SafetensorError
 
 from vllm_jdlora.errors import JDLoRAError
 
+# Of Linux's renameat2: paths from the working folder; two names for each other.
+_HERE, _RENAME_EXCHANGE = -100, 2
+
 
 @contextmanager
 def written_atomically(target: Path, marker: str, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place when the block ends well, and vanishes otherwise.
 
-    With ``force`` an existing folder is moved aside first and removed only when the new one is in place. Only an
+    With ``force`` an existing folder and the new one change places, at once where the system can, and the old one is
+    removed. Only an
     empty folder, or one with the file ``marker`` in it, is ever replaced: ``-o ~ --force`` must not cost a home.
 
     Raises:
@@ -46,15 +52,16 @@ def written_atomically(target: Path, marker: str, *, force: bool = False) -> Ite
                 file.chmod(readable)
             _sync(file)
         _sync(temporary)
-        # Without --force one that came meanwhile is kept: the rename does not replace it.
-        if force and target.exists():
-            os.replace(target, old)
-        try:
-            os.rename(temporary, target)
-        except BaseException:
-            if old.exists():
-                os.replace(old, target)
-            raise
+        if not (force and target.exists() and _exchanged(temporary, target)):
+            # Without --force one that came meanwhile is kept: the rename does not replace it.
+            if force and target.exists():
+                os.replace(target, old)
+            try:
+                os.rename(temporary, target)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, target)
+                raise
         _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -62,6 +69,19 @@ def written_atomically(target: Path, marker: str, *, force: bool = False) -> Ite
         raise JDLoRAError(f"{target}: cannot be written ({problem}); nothing was changed") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders change places at once, so that nobody finds neither; False where the system cannot."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    if exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number))
 
 
 def _sync(path: Path) -> None:
