@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny_llama
 from vllm_jdlora.adapter import WEIGHTS_FILE, file_digest, read_adapter
 from vllm_jdlora.cli import main
-from vllm_jdlora.collection import Collection
+from vllm_jdlora.collection import Collection, atomic_folder
 from vllm_jdlora.collection.atomic_folder import written_atomically
 from vllm_jdlora.collection.build import compress
 from vllm_jdlora.collection.schema import BASES_FILE, MANIFEST_FILE
@@ -204,6 +204,7 @@ def test_an_interruption_between_the_two_renames_puts_the_old_folder_back(tmp_pa
     def stopped(*_):
         raise interruption
 
+    monkeypatch.setattr(atomic_folder, "_exchanged", lambda one, other: False)  # where there are two
     monkeypatch.setattr(os, "rename", stopped)
     with (
         pytest.raises((JDLoRAError, KeyboardInterrupt)),
