@@ -150,7 +150,8 @@ def settings_of(args: argparse.Namespace, engine: Engine, turns: TurnSpec) -> di
     traffic = {**asdict(spec_of(args, adapters=1, requests=TRACE_REQUESTS))}
     traffic.pop("adapters")
     turn = {key: value for key, value in asdict(turns).items() if key in ("users", "seconds", "settle")}
-    shared = {**asdict(engine), "model": engine.model.name, "targets": args.targets}
+    cores = len(os.sched_getaffinity(0))
+    shared = {**asdict(engine), "model": engine.model.name, "targets": args.targets, "cores": cores}
     # As they come back from the file: tuples are lists there.
     settings: dict[str, Any] = json.loads(json.dumps({"engine": shared, "traffic": traffic, "turn": turn}))
     return settings
