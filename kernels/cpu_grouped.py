@@ -181,20 +181,16 @@ class PackedLinear:
         if y.dtype != stored or x.dtype != stored:
             raise ValueError(f"x and y must be {stored}, as the bases are, not {x.dtype} and {y.dtype}")
         threads = groups.threads
-        if threads > self._threads:
-            self._take_scratch(threads)
-        run = self._run
-        if run is None:
-            run = self._run = self._compiling.result()
+        run = self.prepare(threads)
         run(self.parameters_address, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
 
-    def prepare(self, threads: int) -> int:
-        """Have room for so many threads; returns the address of the compiled `cpu_body.Call`, once it is there."""
+    def prepare(self, threads: int) -> cpu_body.Call:
+        """Have room for so many threads; returns the compiled kernel, once it is there."""
         if threads > self._threads:
             self._take_scratch(threads)
         if self._run is None:
             self._run = self._compiling.result()
-        return cpu_body.address_of(self._run)
+        return self._run
 
     def _take_scratch(self, threads: int) -> None:
         self._parameters[cpu_body.SCRATCH] = _scratch(self._scratch_bytes * threads)

@@ -21,6 +21,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from vllm_jdlora.kernels.cpu_body import address_of
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
 from vllm_jdlora.kernels.cpu_numbers import address_as_pointer
 
@@ -88,7 +89,7 @@ class LayerCall:
         """Have room for so many threads, and the compiled code; 0 where that plan has no tokens."""
         for place, linear, count in zip((_RUN, _OTHER_RUN), self._packed, (threads, other_threads), strict=True):
             if linear is not None and count:
-                entry = linear.prepare(count)
+                entry = address_of(linear.prepare(count))
                 if self.handle[place] != entry:
                     self.handle[place] = entry
 
