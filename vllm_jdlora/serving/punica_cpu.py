@@ -90,7 +90,7 @@ class LayerPunicaCPU(LayerPunica):
     ):
         """call: where the compiled operator does it."""
         super().__init__(shared, name)
-        self._packed, self._eight_bit, self._call = packed, eight_bit, call
+        self._packed, self._eight_bit = packed, eight_bit
         self._handle = None if call is None else call.handle
 
     def load_8_bits(self, layer: Any, parts: Sequence[QuantizedBasis | None], slot: int) -> None:
