@@ -3,9 +3,9 @@
 Every row is a real vLLM engine in a process of its own. The engines are started first and then take turns on the same
 prompts, round after round, so that a machine whose speed drifts slows all of them alike; what is reported are medians
 over the rounds, and ratios within a round. Each request of a batch names another adapter where there are enough, drawn
-anew in every round. Stock vLLM is so slow that it takes part in fewer rounds. Where memory is too short for all engines
-at once they run in two groups, by what adapters change, each with the base in it. One JSON line is appended to
-`results/bench.jsonl`.
+anew in every round. The rows run in groups of few engines, each with the base in it (`bench_rows.groups_of`): many
+engines in memory slow each other down, and not evenly. Stock vLLM is so slow that it takes part in fewer rounds. One
+JSON line is appended to `results/bench.jsonl`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import bench_results
-from bench_conditions import ROOT, add_model_flags, available_bytes, conditions, default_dtype, default_model
+from bench_conditions import ROOT, add_model_flags, conditions, default_dtype, default_model
 from bench_engine import Engine, EngineDied, Workload, stop_on_termination
-from bench_report import Group, as_json, goals_of, print_tables, ratios_of
+from bench_report import RATIOS, Group, as_json, goals_of, print_tables, ratios_of
 from bench_rows import RANK, ROWS, Row, Workplace, groups_of
 from plot_bench import PICTURE, RESULTS, plot
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -126,7 +126,7 @@ def main() -> None:
     load_before = os.getloadavg()
     groups: list[Group] = []
     failed: dict[str, str] = {}
-    for members in groups_of(rows, available_bytes()):
+    for members in groups_of(rows, RATIOS):
         with tempfile.TemporaryDirectory(prefix="jdlora-bench-") as scratch:
             place = Workplace(Path(scratch), model, args.adapters, dtype, args.batch)
             groups.append(measured(members, place, workloads, args, failed))

@@ -43,6 +43,7 @@ OTHER_RATIOS = (
     *("s-d1000-8bit/a", "s-d1000-8bit/s-d1000"),
 )
 """Besides the goals: what compression gains, what better kernels do, what compilation does."""
+RATIOS = (*(goal.ratio for goal in GOALS), *OTHER_RATIOS)
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Group:
 def ratios_of(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
     """Measure → ratio → median over rounds, of the first group that has both rows."""
     found: dict[str, dict[str, float]] = {}
-    for name in (*(goal.ratio for goal in GOALS), *OTHER_RATIOS):
+    for name in RATIOS:
         one, other = name.split("/")
         for group in groups:
             for measure in group.rates:

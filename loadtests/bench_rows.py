@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,6 @@ class Row:
             every linear module and the logits.
         eager: the base, not compiled. (vLLM does not compile on CPU when LoRA is on; this package turns it on again.)
         quantize: how a synthetic collection stores its bases.
-        gigabytes: memory that starting it may take, at most, of SmolLM2-135M.
     """
 
     key: str
@@ -52,7 +52,6 @@ class Row:
     synthetic: bool = True
     told: bool = True
     eager: bool = False
-    gigabytes: float = 1.6
     quantize: str = "none"
 
     @property
@@ -77,11 +76,10 @@ ROWS = (
         "attention",
         1000,
         clusters=128,
-        gigabytes=3.0,
     ),
     Row("s-c8", "stock vLLM, 8 adapters", "stock", "linear", 8, slots=8),
-    Row("s-p32", "uncompressed, our kernel, 32 adapters", "plain", "linear", 32, gigabytes=3.0),
-    Row("s-d1000", "compressed, 1,000 adapters, 8 clusters", "compressed", "linear", 1000, clusters=8, gigabytes=2.0),
+    Row("s-p32", "uncompressed, our kernel, 32 adapters", "plain", "linear", 32),
+    Row("s-d1000", "compressed, 1,000 adapters, 8 clusters", "compressed", "linear", 1000, clusters=8),
     Row(
         "s-d1000-8bit",
         "compressed, 1,000 adapters, 8 clusters in int8",
@@ -89,23 +87,29 @@ ROWS = (
         "linear",
         1000,
         clusters=8,
-        gigabytes=2.0,
         quantize="int8",
     ),
 )
 
 
-def groups_of(rows: list[Row], available_bytes: int) -> list[list[Row]]:
-    """The rows that are measured at once: all, or, where memory is short, those of equal targets beside the base.
+def groups_of(rows: list[Row], ratios: Iterable[str]) -> list[list[Row]]:
+    """The rows that are measured at once, so that each of `ratios` is within a group and few engines share the memory.
 
-    Every ratio that is reported is between rows of equal targets or with the base, so it is within a group.
+    Rows of equal targets run beside the base; the slow ones, and the base that is not compiled, run apart from them,
+    with the rows that a ratio compares them with.
     """
-    if sum(row.gigabytes for row in rows) * 1e9 <= available_bytes:
-        return [rows]
-    bases = [row for row in rows if row.targets is None]
-    groups = [[*bases, *found] for targets in TARGETS if (found := [r for r in rows if r.targets == targets])]
-    # The base that is not compiled is compared with the other base alone.
-    return [groups[0], *([r for r in g if not r.eager] for g in groups[1:])] if groups else [bases]
+    pairs = [set(ratio.split("/")) for ratio in ratios]
+    base = [row for row in rows if row.kind == "base" and not row.eager]
+    groups = []
+    for targets in TARGETS:
+        fast = [row for row in rows if row.targets == targets and not row.slow]
+        slow = [row for row in rows if row.targets == targets and row.slow]
+        partners = {key for row in slow for pair in pairs if row.key in pair for key in pair}
+        groups += [fast, [*slow, *(row for row in fast if row.key in partners)] if slow else []]
+    groups = [[*base, *group] for group in groups if group] or [base]
+    # Compared with the other base alone.
+    groups[-1] = [*groups[-1], *(row for row in rows if row.eager)]
+    return groups
 
 
 def engine_options(dtype: str, batch: int, *, eager: bool = False) -> dict[str, Any]:

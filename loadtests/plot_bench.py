@@ -39,10 +39,10 @@ def newest(results: Path) -> dict[str, Any]:
 
 def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
     """Bars with the range over the rounds, one panel for each set of targets."""
+    # A row that ran in two groups is drawn from the first, which its own ratios come from too.
+    first = {key: group for group in reversed(record["groups"]) for key in group["rows"]}
     panels = {
-        targets: [
-            (key, group) for group in record["groups"] for key in group["rows"] if _targets(record, key) == targets
-        ]
+        targets: [(key, first[key]) for key in record["rows"] if _targets(record, key) == targets]
         for targets in _TARGETS
     }
     panels = {targets: rows for targets, rows in panels.items() if rows}
