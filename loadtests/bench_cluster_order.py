@@ -20,16 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 from bench_conditions import conditions, default_dtype, default_model
 from bench_engine import stop_on_termination
 from cluster_order_report import COUNTERS, RARE, Turn, shown, summary_of, word_of
-from figure1_turns import wait_until_idle
+from metrics_page import fetch_page, read_counters, value_of, wait_until_idle
 from openai_client import open_session
 from replay import Answered, Target, replay_at_its_times
 from rich.console import Console
 from rich.progress import Progress
-from soak_watch import read_counters, value_of
 from synthetic_collections import ATTENTION, LINEAR, write_collection
 from workload import Trace, TrafficSpec, generate
 
@@ -157,8 +155,7 @@ class Bench:
         return answers
 
     def _counters(self, server: Server) -> dict[str, float]:
-        page = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).raise_for_status()
-        counters = read_counters(page.text)
+        counters = read_counters(fetch_page(server.url))
         return {figure: value_of(counters, sample) for figure, sample in COUNTERS.items()}
 
 

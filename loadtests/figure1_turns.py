@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import statistics
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from metrics_page import wait_until_idle
 from openai_client import Timing, open_session
 from replay import Target, replay_by_users
 from traffic_summary import TrafficSummary, summarise
@@ -19,7 +18,6 @@ from workload import Trace
 
 from vllm_jdlora.errors import JDLoRAError
 
-_RUNNING = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 # Two-sided 95 % of Student's t, by degrees of freedom.
 _STUDENT = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -118,23 +116,3 @@ async def _turn(target: Target, trace: Trace, spec: TurnSpec, pair: int) -> Traf
             session, target, trace, spec.users, until=end, first=first, on_answer=lambda a: timings.append(a.timing)
         )
     return summarise(timings, begin, end)
-
-
-def wait_until_idle(url: str, *, seconds: float = 60.0) -> None:
-    """Requests that were left are dropped by the server within a step or two; then the other may have the machine.
-
-    Raises:
-        JDLoRAError: it still works on some, or does not answer.
-    """
-    deadline = time.monotonic() + seconds
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.monotonic() < deadline:
-        try:
-            with opener.open(f"{url}/metrics", timeout=30) as response:
-                counts = [float(count) for count in _RUNNING.findall(response.read().decode())]
-        except OSError as error:
-            raise JDLoRAError(f"{url} does not answer any more: {error}") from error
-        if counts and not any(counts):
-            return
-        time.sleep(0.2)
-    raise JDLoRAError(f"{url} still works on requests {seconds:g} s after their clients left")

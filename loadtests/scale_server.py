@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import httpx
+from metrics_page import fetch_page
 from scale_report import Listing
 from scale_traffic import Ask, closed_loop
 
@@ -40,7 +41,7 @@ class Running:
         return Listing(seconds, len(response.json()["data"]), len(response.content))
 
     def metrics_lines(self) -> int:
-        return len(self._http.get("/metrics").raise_for_status().text.splitlines())
+        return len(fetch_page(self.server.url).splitlines())
 
     async def ask(
         self, session: aiohttp.ClientSession, asks: list[Ask], concurrency: int, answered: Callable[[], None]

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from metrics_page import Counters, value_of
 from soak_adapters import History
 from soak_churn import Operator
 from soak_hostile import CHAT, COMPLETIONS, GONE, LOAD_NO_FOLDER, RELOAD, UNLOAD, HostileClient
 from soak_traffic import Answer
-from soak_watch import Counters, value_of
 
 
 @dataclass(frozen=True)

@@ -10,29 +10,8 @@ from dataclasses import dataclass, field
 
 import aiohttp
 import psutil
+from metrics_page import Counters, read_counters, requests_running, requests_waiting
 from process_tree import Memory, memory_by_process
-from prometheus_client.parser import text_string_to_metric_families
-
-Counters = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-"""(name of a sample, sorted labels) → value."""
-
-
-def read_counters(text: str) -> Counters:
-    """All samples of a Prometheus page."""
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def value_of(counters: Counters, name: str, **labels: str) -> float:
-    """The sum of the samples of this name that have these labels; 0 where there is none."""
-    return sum(
-        value
-        for (found, pairs), value in counters.items()
-        if found == name and all(dict(pairs).get(key) == label for key, label in labels.items())
-    )
 
 
 @dataclass(frozen=True)
@@ -74,8 +53,8 @@ class Watch:
             at=time.perf_counter(),
             own=_sum(memory, "anonymous") + _sum(memory, "shared"),
             resident=_sum(memory, "share"),
-            running=_gauge(text, "vllm:num_requests_running"),
-            waiting=_gauge(text, "vllm:num_requests_waiting"),
+            running=requests_running(text),
+            waiting=requests_waiting(text),
             client=psutil.Process().memory_info().rss,
             own_of={title: m.anonymous + m.shared for title, m in memory.items()},
         )
@@ -106,9 +85,3 @@ class Watch:
 
 def _sum(memory: dict[str, Memory], kind: str) -> int:
     return sum(getattr(m, kind) for m in memory.values())
-
-
-def _gauge(text: str, name: str) -> float:
-    """Parsing the whole page costs this process too much while it measures."""
-    lines = (line for line in text.splitlines() if line.startswith((name + "{", name + " ")))
-    return sum(float(line.rpartition(" ")[2]) for line in lines)

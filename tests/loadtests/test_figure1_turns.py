@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 from aiohttp import web
-from figure1_turns import Turns, TurnSpec, half_width, take_turns, wait_until_idle, warm_up
+from figure1_turns import Turns, TurnSpec, half_width, take_turns, warm_up
+from metrics_page import wait_until_idle
 from replay import Target
 from traffic_summary import summarise
 from workload import TrafficSpec, generate

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from metrics_page import read_counters
 from openai_client import Timing, open_session
 from plot_soak import last_record, plot
 from soak_adapters import Content, History, Spell
@@ -23,7 +24,7 @@ from soak_run import Interrupts
 from soak_series import MIB, Growth, Thirds, growth_of, pieces_of, thirds_of
 from soak_traffic import Answer, SharedStems, SoakTraffic
 from soak_verdicts import all_held, verdicts_of
-from soak_watch import Seen, Watch, read_counters, value_of
+from soak_watch import Seen, Watch
 from traffic_summary import Spread
 from workload import TrafficSpec, generate
 
@@ -143,12 +144,6 @@ def test_counts_are_compared_with_what_the_clients_saw():
     assert wrong(refused=6) == ["completions refused 4xx"] and wrong(good=4) == ["completions answered 2xx"]
     assert wrong(tokens=9) == wrong(tokens=13) == ["output tokens"] and wrong(prompts=25) == ["prompt tokens"]
     assert wrong(loads=2) == ["adapters loaded compressed"]
-
-
-def test_values_are_summed_over_the_labels_that_are_not_asked_for():
-    counters = read_counters('x_total{a="1",b="1"} 2\nx_total{a="1",b="2"} 3\nx_total{a="2",b="1"} 5\n')
-    assert value_of(counters, "x_total") == 10 and value_of(counters, "x_total", a="1") == 5
-    assert value_of(counters, "x_total", a="3") == value_of(counters, "y_total") == 0
 
 
 def test_a_server_that_is_gone_does_not_end_the_watch():
