@@ -59,7 +59,11 @@ def test_one_run_gives_one_record_with_rates_ratios_and_goals_and_a_picture(monk
     )
     rates = record["groups"][0]["tokens_per_second"]
     assert rates["decode"]["a"] == [1000] * 3 and rates["decode steps"]["d1000"] == [1440] * 3
-    assert rates["prefill"]["s-c8"] == [50, 50, None]  # stock takes part in two rounds
+    assert [group["rows"] for group in record["groups"]] == [
+        *(["a", "p32", "d1000"], ["a", "d1000"], ["a", "s-d1000"], ["a", "s-c8", "s-d1000"])
+    ]
+    # Stock takes part in two rounds.
+    assert record["groups"][3]["tokens_per_second"]["prefill"]["s-c8"] == [50, 50, None]
     assert record["ratios"]["decode"]["d1000/a"] == 0.8
     assert record["goals"]["d1000/a"]["met"] is False and record["goals"]["s-d1000/s-c8"]["met"] is True
     # Who died is left out and said, the others go on.
