@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import numba
 import numpy as np
 import torch
 
-from vllm_jdlora.kernels import cpu_threads
+from vllm_jdlora.kernels import cpu_machine_code, cpu_threads
 from vllm_jdlora.kernels.cpu_layout import BLOCK, Form, byte_values
 from vllm_jdlora.kernels.cpu_numbers import address_as_pointer, narrowed, widened
 from vllm_jdlora.kernels.cpu_tiles import SIGMA_COLUMNS, TOKENS, expand_tile, fetching, shrink_tile, sigma_tile
@@ -26,11 +27,11 @@ _AHEAD = 8 << 10
 # Parameters of a layer, int64 each: addresses, strides in bytes, sizes. AT_…: bytes from a thread's scratch, which
 # begins with the addresses of rows of x and of y, to its own x, h and g.
 # numba reads module-level numbers as constants; with members of an enumeration it compiled for minutes.
-FIELDS = 23
+FIELDS = 24
 (
     X, X_STRIDE, Y, Y_STRIDE, PLAN, SCRATCH, SCRATCH_STRIDE, AT_X, AT_H, AT_G, BASES, CLUSTER, V_BLOCK,
     ROWS_OF_V, D_IN, TURNS, SIGMA, SIGMA_SLOT, DIAGONAL, PIECES, SLICES, SLICE_TABLE,
-    SCALES,
+    SCALES, BODY,
 ) = range(FIELDS)  # fmt: skip
 # Addresses in a plan.
 PLAN_TOKENS, PLAN_SLOTS, PLAN_GROUP_START, PLAN_GROUP_COUNT, PLAN_GROUP_CLUSTER, PLAN_SPLIT = range(6)
@@ -42,13 +43,24 @@ GROUP = 16
 _ROWS_BYTES = 8 * GROUP
 
 
-Call = Callable[[int, int, int, int, int, int, int], None]
-"""With the parameters' address, x and its stride (in numbers), y and its stride, plan, threads."""
+@dataclass(frozen=True)
+class Kernel:
+    """The compiled kernel.
+
+    Attributes:
+        run: a call with the parameters' address, x and its stride (in numbers), y and its stride, plan, threads.
+        address: of that function, for other compiled code.
+        body: address of what each thread runs, which the parameters hand to it.
+    """
+
+    run: Callable[[int, int, int, int, int, int, int], None]
+    address: int
+    body: int
 
 
 @lru_cache
-def compiling(form: Form, rank: int) -> Future[Call]:
-    """The compiled kernel, some seconds from now; rank: R, a multiple of 8.
+def compiling(form: Form, rank: int) -> Future[Kernel]:
+    """The compiled kernel, some seconds from now at the first time; rank: R, a multiple of 8.
 
     A thread compiles: LLVM runs beside the interpreter, so that a server that starts goes on with its other work.
     """
@@ -58,7 +70,15 @@ def compiling(form: Form, rank: int) -> Future[Call]:
     return found
 
 
-def _compiled(form: Form, rank: int) -> Call:
+def _compiled(form: Form, rank: int) -> Kernel:
+    thread_number, on_all, width = cpu_threads.thread_number(), cpu_threads.on_all(), form.stored.itemsize
+    body = cpu_machine_code.compiled("grouped-body", (form, rank), lambda: _body(form, rank, thread_number))
+    entry = cpu_machine_code.compiled("grouped", width, lambda: _entry(width, on_all))
+    # Holding the interpreter: handing it to another thread and waiting for it again takes longer than the call.
+    return Kernel(ctypes.PYFUNCTYPE(None, *[ctypes.c_int64] * 7)(entry), entry, body)
+
+
+def _body(form: Form, rank: int, thread_number: Any) -> Any:
     few = form.lanes if rank % form.lanes == 0 else 8  # rows of Σ that are taken at once
     depth = rank // 2 if form.pairs else rank
     carray, int64, float32 = numba.carray, np.int64, np.float32
@@ -77,7 +97,6 @@ def _compiled(form: Form, rank: int) -> Call:
     step, vector_bytes = form.step, form.vector_bytes
     eight_bit, looked_up = form.eight_bit is not None, form.looked_up
     values = byte_values(form) if eight_bit else np.zeros(1, np.float32)
-    thread_number, on_all = cpu_threads.thread_number(), cpu_threads.on_all()
 
     @numba.njit(error_model="numpy", fastmath=True, inline="always")
     def read(address: int, index: int) -> Any:
@@ -251,22 +270,17 @@ def _compiled(form: Form, rank: int) -> Call:
                     o += 1
                 column += d_out
 
-    body = run.address
-    entry = numba.types.void(*[numba.types.int64] * 7)
+    return run
 
-    @numba.cfunc(entry, error_model="numpy")
+
+def _entry(width: int, on_all: Any) -> Any:
+    """width: bytes of a number of x and y."""
+    carray, int64 = numba.carray, np.int64
+
+    @numba.cfunc(numba.types.void(*[numba.types.int64] * 7), error_model="numpy")
     def call(data: int, x: int, x_stride: int, y: int, y_stride: int, plan: int, threads: int) -> None:
         p = carray(address_as_pointer(data), FIELDS, int64)
         p[X], p[X_STRIDE], p[Y], p[Y_STRIDE], p[PLAN] = x, x_stride * width, y, y_stride * width, plan
-        on_all(address_as_pointer(body), address_as_pointer(data), threads, 0)
+        on_all(address_as_pointer(p[BODY]), address_as_pointer(data), threads, 0)
 
-    # Holding the interpreter: handing it to another thread and waiting for it again takes longer than the call.
-    function = ctypes.PYFUNCTYPE(None, *[ctypes.c_int64] * 7)(call.address)
-    function.compiled = (run, call)  # type: ignore[attr-defined]
-    return function
-
-
-def address_of(function: Call) -> int:
-    """Of a compiled kernel, for other compiled code to call."""
-    address: int = function.compiled[1].address  # type: ignore[attr-defined]
-    return address
+    return call

@@ -151,7 +151,7 @@ class PackedLinear:
         self._fill_in()
         self.parameters_address: int = self._parameters.ctypes.data
         self._compiling = cpu_body.compiling(form, rank)
-        self._run: cpu_body.Call | None = None
+        self._kernel: cpu_body.Kernel | None = None
         self._take_scratch(cpu_threads.count())
 
     def write(self, cluster: int, u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> None:
@@ -181,16 +181,17 @@ class PackedLinear:
         if y.dtype != stored or x.dtype != stored:
             raise ValueError(f"x and y must be {stored}, as the bases are, not {x.dtype} and {y.dtype}")
         threads = groups.threads
-        run = self.prepare(threads)
+        run = self.prepare(threads).run
         run(self.parameters_address, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), groups.address, threads)
 
-    def prepare(self, threads: int) -> cpu_body.Call:
+    def prepare(self, threads: int) -> cpu_body.Kernel:
         """Have room for so many threads; returns the compiled kernel, once it is there."""
         if threads > self._threads:
             self._take_scratch(threads)
-        if self._run is None:
-            self._run = self._compiling.result()
-        return self._run
+        if self._kernel is None:
+            self._kernel = self._compiling.result()
+            self._parameters[cpu_body.BODY] = self._kernel.body
+        return self._kernel
 
     def _take_scratch(self, threads: int) -> None:
         self._parameters[cpu_body.SCRATCH] = _scratch(self._scratch_bytes * threads)

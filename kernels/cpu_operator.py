@@ -21,17 +21,16 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from vllm_jdlora.kernels.cpu_body import address_of
+from vllm_jdlora.kernels import cpu_machine_code
 from vllm_jdlora.kernels.cpu_grouped import PackedLinear, TokenGroups
 from vllm_jdlora.kernels.cpu_numbers import address_as_pointer
 
-_STEP_FIELDS = 5
-_TOKENS, _PLAN, _THREADS, _OTHER_PLAN, _OTHER_THREADS = range(_STEP_FIELDS)
+_STEP_FIELDS = 6
+_TOKENS, _PLAN, _THREADS, _OTHER_PLAN, _OTHER_THREADS, _MISMATCH = range(_STEP_FIELDS)
 _LAYER_FIELDS = 5
 _STEP, _RUN, _DATA, _OTHER_RUN, _OTHER_DATA = range(_LAYER_FIELDS)
 # Sizes and strides of a tensor, by address, and its data.
 _ASKED = 3
-_INT = ctypes.c_int64
 
 
 class PlanMismatch(RuntimeError):
@@ -46,6 +45,7 @@ class Step:
 
     def __init__(self) -> None:
         self._fields = np.zeros(_STEP_FIELDS, dtype=np.int64)
+        self._fields[_MISMATCH] = id(PlanMismatch)
         self._layers: list[LayerCall] = []
         self._plans: tuple[TokenGroups, ...] = ()
 
@@ -64,7 +64,7 @@ class Step:
             for layer in self._layers:
                 layer.prepare(*threads)
         self._plans = groups, other  # their arrays live as long as they are read
-        self._fields[:] = groups.num_tokens, groups.address, threads[0], other.address, threads[1]
+        self._fields[:_MISMATCH] = groups.num_tokens, groups.address, threads[0], other.address, threads[1]
 
 
 class LayerCall:
@@ -89,7 +89,7 @@ class LayerCall:
         """Have room for so many threads, and the compiled code; 0 where that plan has no tokens."""
         for place, linear, count in zip((_RUN, _OTHER_RUN), self._packed, (threads, other_threads), strict=True):
             if linear is not None and count:
-                entry = address_of(linear.prepare(count))
+                entry = linear.prepare(count).address
                 if self.handle[place] != entry:
                     self.handle[place] = entry
 
@@ -102,7 +102,7 @@ def available() -> bool:
 
 def implement(namespace: str, name: str) -> None:
     """Make ``namespace::name(Tensor(a!) y, Tensor x, Tensor handle) -> ()``, which is declared, this operator on CPU:
-    ``y += U Σ V x`` as `PackedLinear.add_`, by the plans of the handle's step. Takes half a second.
+    ``y += U Σ V x`` as `PackedLinear.add_`, by the plans of the handle's step. Takes half a second at the first time.
 
     y and x have the dtype of the bases and contiguous rows, which the caller answers for.
 
@@ -111,57 +111,54 @@ def implement(namespace: str, name: str) -> None:
     """
     torch_library = _torch_functions()
     assert torch_library is not None, "ask `available` first"
-    entry = _compiled()
+    libraries = ((torch_library, _OF_TORCH), (ctypes.pythonapi, _OF_PYTHON))
+    outside = {
+        name: cpu_machine_code.outside(name, cpu_machine_code.address_of(getattr(library, name)), signature)
+        for library, signatures in libraries
+        for name, signature in signatures.items()
+    }
+    entry = cpu_machine_code.compiled("operator", (), lambda: _compiled(outside))
     made = ctypes.c_void_p()
     failed = torch_library.aoti_torch_library_init_impl(
         namespace.encode(), b"CPU", __file__.encode(), 1, ctypes.byref(made)
-    ) or torch_library.aoti_torch_library_impl(made, name.encode(), entry.address)
+    ) or torch_library.aoti_torch_library_impl(made, name.encode(), entry)
     if failed:
         raise RuntimeError(f"torch {torch.__version__} did not take the operator {namespace}::{name}")
-    # Both are read as long as the process lives.
-    _kept.append((entry, made))
+    _kept.append(made)  # for as long as the process lives
 
 
 _kept: list[Any] = []
 
 
+_number = types.int64
+_OF_TORCH = {
+    "aoti_torch_get_data_ptr": types.int32(_number, _number),
+    "aoti_torch_get_strides": types.int32(_number, _number),
+    "aoti_torch_get_sizes": types.int32(_number, _number),
+    "aoti_torch_delete_tensor_object": types.int32(_number),
+}
+# These raise an exception in a thread. The interpreter's lock is taken by the caller.
+_OF_PYTHON = {
+    "PyGILState_Ensure": types.int32(),
+    "PyThread_get_thread_ident": _number(),
+    "PyThreadState_SetAsyncExc": types.int32(_number, _number),
+    "PyGILState_Release": types.void(types.int32),
+}
+
+
 @lru_cache(maxsize=1)
 def _torch_functions() -> Any:
     """torch's library with the functions that are called; None where one is missing."""
-    signatures: dict[str, tuple[Any, ...]] = {
-        "aoti_torch_library_init_impl": (
-            *(ctypes.c_char_p,) * 3,
-            ctypes.c_uint32,
-            ctypes.POINTER(ctypes.c_void_p),
-        ),
-        "aoti_torch_library_impl": (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
-        "aoti_torch_get_data_ptr": (_INT, _INT),
-        "aoti_torch_get_strides": (_INT, _INT),
-        "aoti_torch_get_sizes": (_INT, _INT),
-        "aoti_torch_delete_tensor_object": (_INT,),
-    }
     library = ctypes.CDLL(torch._C.__file__)  # which depends on all of torch
-    for name, arguments in signatures.items():
-        if not hasattr(library, name):
-            return None
+    from_here: dict[str, tuple[Any, ...]] = {
+        "aoti_torch_library_init_impl": (*(ctypes.c_char_p,) * 3, ctypes.c_uint32, ctypes.POINTER(ctypes.c_void_p)),
+        "aoti_torch_library_impl": (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+    }
+    if not all(hasattr(library, name) for name in (*_OF_TORCH, *from_here)):
+        return None
+    for name, arguments in from_here.items():
         function = getattr(library, name)
         function.restype, function.argtypes = ctypes.c_int, arguments
-    return library
-
-
-@lru_cache(maxsize=1)
-def _interpreter() -> Any:
-    """The interpreter's functions that raise an exception in a thread. Its lock is taken by the caller."""
-    signatures = {
-        "PyGILState_Ensure": (ctypes.c_int, ()),
-        "PyThread_get_thread_ident": (_INT, ()),
-        "PyThreadState_SetAsyncExc": (ctypes.c_int, (_INT, _INT)),
-        "PyGILState_Release": (None, (ctypes.c_int,)),
-    }
-    library = ctypes.CDLL(None)
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
     return library
 
 
@@ -178,7 +175,7 @@ def _room(context):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def _call(context, function, data, x, x_stride, y, y_stride, plan, threads):  # type: ignore[no-untyped-def]
-    """`cpu_body.Call` at the address ``function``."""
+    """`cpu_body.Kernel.run` at the address ``function``."""
 
     def generate(target: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         number = ir.IntType(64)
@@ -189,17 +186,13 @@ def _call(context, function, data, x, x_stride, y, y_stride, plan, threads):  # 
     return types.void(*[types.int64] * 8), generate
 
 
-def _compiled() -> Any:
-    library = _torch_functions()
-    data_of, strides_of, sizes_of = (
-        library.aoti_torch_get_data_ptr,
-        library.aoti_torch_get_strides,
-        library.aoti_torch_get_sizes,
-    )
-    release, carray, int64 = library.aoti_torch_delete_tensor_object, numba.carray, np.int64
-    interpreter, mismatch = _interpreter(), id(PlanMismatch)
-    raise_in, this_thread = interpreter.PyThreadState_SetAsyncExc, interpreter.PyThread_get_thread_ident
-    lock, unlock = interpreter.PyGILState_Ensure, interpreter.PyGILState_Release
+def _compiled(outside: dict[str, Any]) -> Any:
+    """outside: the functions that are called, by name."""
+    data_of, strides_of = outside["aoti_torch_get_data_ptr"], outside["aoti_torch_get_strides"]
+    sizes_of, release = outside["aoti_torch_get_sizes"], outside["aoti_torch_delete_tensor_object"]
+    lock, unlock = outside["PyGILState_Ensure"], outside["PyGILState_Release"]
+    raise_in, this_thread = outside["PyThreadState_SetAsyncExc"], outside["PyThread_get_thread_ident"]
+    carray, int64 = numba.carray, np.int64
 
     @numba.cfunc(types.void(types.voidptr, types.uint64, types.uint64), error_model="numpy")
     def operator(stack: Any, inputs: int, outputs: int) -> None:
@@ -214,7 +207,7 @@ def _compiled() -> Any:
             sizes_of(tensors[1], room)
             if carray(address_as_pointer(found[0]), 2, int64)[0] != step[_TOKENS]:
                 held = lock()
-                raise_in(this_thread(), mismatch)
+                raise_in(this_thread(), step[_MISMATCH])
                 unlock(held)
             else:
                 data_of(tensors[0], room)

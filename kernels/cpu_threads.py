@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numba.core import types
+
+from vllm_jdlora.kernels.cpu_machine_code import address_of, outside
 
 _MAPS, _TASKS = Path("/proc/self/maps"), Path("/proc/self/task")
 _RUNTIME = re.compile(r"\s(/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", re.MULTILINE)
@@ -27,15 +30,19 @@ def count() -> int:
 
 
 def thread_number() -> Any:
-    """A C function ``int()``: the number of the thread that calls it, from 0."""
+    """For compiled code, ``int()``: the number of the thread that calls it, from 0."""
     runtime = _runtime()
-    return _first if runtime is None else runtime.omp_get_thread_num
+    function = _first if runtime is None else runtime.omp_get_thread_num
+    return outside("jdlora_thread_number", address_of(function), types.int32())
 
 
 def on_all() -> Any:
-    """A C function ``void(body, data, threads, 0)``: each thread runs ``body``, a ``void(void *)``, with ``data``."""
+    """For compiled code, ``void(body, data, threads, 0)``: each thread runs ``body``, a ``void(void *)``, with
+    ``data``."""
     runtime = _runtime()
-    return _alone if runtime is None else runtime.GOMP_parallel
+    address = address_of(_alone if runtime is None else runtime.GOMP_parallel)
+    signature = types.void(types.voidptr, types.voidptr, types.uint32, types.uint32)
+    return outside("jdlora_on_all", address, signature)
 
 
 def leave_core() -> None:
