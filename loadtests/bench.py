@@ -22,7 +22,7 @@ from bench_conditions import ROOT, add_model_flags, conditions, default_dtype, d
 from bench_engine import Engine, EngineDied, Workload, stop_on_termination
 from bench_report import RATIOS, Group, as_json, goals_of, print_tables, ratios_of
 from bench_rows import RANK, ROWS, Row, Workplace, groups_of
-from plot_bench import PICTURE, RESULTS, plot
+from plot_bench import PICTURE, RESULTS, newest, plot
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_jdlora.errors import JDLoRAError
@@ -152,7 +152,7 @@ def main() -> None:
             for goal, figures in goals_of(ratios)
         },
     }
-    bench_results.keep(record, args, lambda picture: plot(record, picture))
+    bench_results.keep(record, args, lambda picture: plot(newest(args.results), picture))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The last record of `results/bench.jsonl` as bars: tokens/s of each row relative to the base, decode and prefill."""
+"""The newest of each row in `results/bench.jsonl` as bars: tokens/s relative to the base, decode and prefill."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from bench_conditions import ROOT
 from bench_results import draw_anew
+from bench_rows import ROWS
 
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.plot_style import BLUE, ORANGE, REFERENCE_COLOUR, REFERENCE_LINE, SavedFigure
@@ -28,21 +29,34 @@ def relative(group: dict[str, Any], measure: str, row: str) -> list[float]:
 
 
 def newest(results: Path) -> dict[str, Any]:
-    """The last record. Raises: JDLoRAError: there is none."""
+    """Rows and groups of the last record, and of those before it, of equal conditions, the rows that it lacks: a run
+    may measure a few. A ratio is within a group in any case.
+
+    Raises:
+        JDLoRAError: there is none.
+    """
     # Records of older versions of the benchmark have no groups.
     records = [record for _, record in read_lines(results) if "groups" in record] if results.exists() else []
     if not records:
         raise JDLoRAError(f"{results}: no record to draw; run `make bench` first")
-    found: dict[str, Any] = records[-1]
-    return found
+    alike = [record for record in records if _conditions(record) == _conditions(records[-1])]
+    rows = {key: row for record in alike for key, row in record["rows"].items()}
+    return {
+        "rows": {row.key: rows[row.key] for row in ROWS if row.key in rows},
+        "groups": [group for record in reversed(alike) for group in record["groups"]],
+    }
+
+
+def _conditions(record: dict[str, Any]) -> list[Any]:
+    return [record[key] for key in ("hardware", "versions", "model", "dtype", "quick", "workloads")]
 
 
 def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
-    """Bars with the range over the rounds, one panel for each set of targets."""
+    """Of what `newest` gives: bars with the range over the rounds, one panel for each set of targets."""
     # A row that ran in two groups is drawn from the first, which its own ratios come from too.
     first = {key: group for group in reversed(record["groups"]) for key in group["rows"]}
     panels = {
-        targets: [(key, first[key]) for key in record["rows"] if _targets(record, key) == targets]
+        targets: [(key, first[key]) for key in record["rows"] if key in first and _targets(record, key) == targets]
         for targets in _TARGETS
     }
     panels = {targets: rows for targets, rows in panels.items() if rows}

@@ -82,3 +82,22 @@ def test_engines_get_what_their_rows_say(monkeypatch, tmp_path, model):
     assert not any(path.startswith("jd://") for _, path in specs["s-p32"].adapters)
     stock = specs["s-c8"].options
     assert stock["max_loras"] == stock["max_cpu_loras"] == 8 and len(stock["lora_target_modules"]) == 7
+
+
+def test_the_picture_has_the_newest_of_each_row_under_equal_conditions(monkeypatch, tmp_path, model):
+    import plot_bench
+
+    results = tmp_path / "bench.jsonl"
+    kept = []
+    for dtype, rows in (("bfloat16", ["a", "s-d1000"]), ("float32", ["a", "d1000", "d8"]), ("float32", ["a", "d1000"])):
+        results.unlink(missing_ok=True)
+        kept.append(
+            run_bench(monkeypatch, tmp_path, "--model", str(model), "--quick", "--dtype", dtype, "--rows", *rows)
+        )
+    kept[-1]["groups"][0]["tokens_per_second"]["decode"]["d1000"] = [500.0]
+    results.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    found = plot_bench.newest(results)
+    assert list(found["rows"]) == ["a", "d8", "d1000"]
+    drawn = {key: group for group in reversed(found["groups"]) for key in group["rows"]}
+    assert plot_bench.relative(drawn["d1000"], "decode", "d1000") == [0.5]
+    assert plot_bench.relative(drawn["d8"], "decode", "d8") == [0.8]
