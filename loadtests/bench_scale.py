@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=32, help="clients at the same time")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=48)
-    parser.add_argument("--cold", type=int, default=500, help="adapters never asked for, and as many familiar ones")
+    parser.add_argument("--cold", type=int, default=2000, help="adapters never asked for, and as many familiar ones")
     parser.add_argument(
         "--starts", type=int, default=3, help="of each configuration, after one that fills caches; or 0"
     )
