@@ -146,6 +146,32 @@ def test_one_process_with_fewer_slots_than_adapters_equals_merged_weights(served
     assert 0 < out["statistics"][0]["plans"] < out["statistics"][0]["steps"]
 
 
+def test_what_an_earlier_start_compiled_is_loaded_for_other_collections_but_not_for_other_modules(
+    served, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model, collection, plain = served
+
+    def kept() -> dict[Path, int]:
+        """Written anew by each compilation."""
+        return {file: file.stat().st_mtime_ns for file in tmp_path.glob("cache/**/rank_0_0/model")}
+
+    check_against_merged_weights(served, run_engine(served)["answers"])
+    first = kept()
+    assert len(first) == 1
+    again = model, collection.parent / "small", plain
+    check_against_merged_weights(again, run_engine(again)["answers"])
+    assert kept() == first
+
+    attention = {"targets": ["q_proj", "k_proj", "v_proj"]}
+    folders = [tiny_llama.write_adapter(tmp_path / name, seed, **attention) for seed, name in enumerate(COMPRESSED)]
+    plain = {n: tiny_llama.write_adapter(tmp_path / n, 70 + i, rank=6, **attention) for i, n in enumerate(PLAIN)}
+    fewer = compress([read_adapter(f) for f in folders], tmp_path / "fewer", rank=8, clusters=2, dtype="fp32")
+    other = model, fewer.path, plain
+    check_against_merged_weights(other, run_engine(other)["answers"])
+    assert len(kept()) == 2 and first.items() <= kept().items()
+
+
 def test_with_one_base_slot_for_two_clusters_every_answer_equals_merged_weights(served):
     out = run_engine(served, jdlora={"base_slots": 1}, max_loras=2)
     check_against_merged_weights(served, out["answers"])

@@ -10,10 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.serving.options import CONFIG_KEY, IN_PYTHON
+
+_PROCESSOR = Path("/proc/cpuinfo")
+_ABOUT = ("vendor_id", "model name", "flags", "Features")
 
 
 class CompileKey(Mapping[str, Any]):
@@ -37,6 +43,20 @@ class CompileKey(Mapping[str, Any]):
     def compute_hash(self) -> str:
         """Hexadecimal; equal for options of equal effect on compiled code."""
         others = {key: value for key, value in self._values.items() if key != CONFIG_KEY}
-        # Graphs call one of two operators.
-        compiled = {"compression": CONFIG_KEY in self._values, "python": bool(os.environ.get(IN_PYTHON)), **others}
+        compiled = {
+            "compression": CONFIG_KEY in self._values,
+            "python": bool(os.environ.get(IN_PYTHON)),  # graphs call one of two operators
+            "processor": _processor(),
+            **others,
+        }
         return hashlib.sha256(json.dumps(compiled, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What tells processors apart: code for CPUs is compiled for the one at hand, which vLLM's key does not name."""
+    try:
+        lines = _PROCESSOR.read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines if line.startswith(_ABOUT))

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 
 from vllm_jdlora.errors import JDLoRAError
-from vllm_jdlora.serving import expert_layers, step_requests, touchpoints
+from vllm_jdlora.serving import expert_layers, kept_compilation, step_requests, touchpoints
 from vllm_jdlora.serving.statistics_carrier import ReportingWorker
 
 if current_platform.is_cpu():
@@ -43,6 +43,12 @@ class JDWorker(ReportingWorker, PlatformWorker):
                 "adapters: another plugin replaced it, or this vLLM loads LoRA in another way"
             )
         return result
+
+    def determine_available_memory(self) -> int:
+        # The CPU's worker compiles here, since memory is short while it does.
+        with kept_compilation.loads():
+            available: int = super().determine_available_memory()
+        return available
 
     def jdlora_load_collection(self, path: str, revision: str, beside: bool = False) -> dict[str, Any]:
         """Serve another revision of the collection from now on; ``collective_rpc("jdlora_load_collection", …)``.

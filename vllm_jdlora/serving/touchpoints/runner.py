@@ -20,6 +20,21 @@ RUNNER: tuple[Touchpoint, ...] = (
         ("self",),
     ),
     Touchpoint(
+        "vllm.v1.worker.gpu_worker",
+        "Worker.determine_available_memory",
+        "override",
+        "the CPU's worker compiles in it; what an earlier start compiled is loaded then",
+        ("self",),
+    ),
+    Touchpoint(
+        "vllm.compilation.decorators",
+        "_try_load_aot_compiled_fn",
+        "read",
+        "loads what an earlier start compiled, and fails on CPU at what it asks of the function afterwards",
+        ("model", "aot_compilation_path"),
+        uses=("load_compiled_function",),
+    ),
+    Touchpoint(
         "vllm.model_executor.layers.fused_moe.layer",
         "FusedMoEConfig",
         "wrap",
