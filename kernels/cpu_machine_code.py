@@ -112,12 +112,11 @@ def _object_of(function: Any) -> bytes:
     module = llvm.parse_assembly(function.inspect_llvm())
     kinds = [str(argument.type) for argument in module.get_function(function.native_name).arguments]
     taken = ", ".join(f"{kind} %{i}" for i, kind in enumerate(kinds))
-    handed = ", ".join(["ptr %result", "ptr %error", *(f"{kind} %{i}" for i, kind in enumerate(kinds))])
     entry = f"""
         define void @{_ENTRY}({taken}) {{
           %result = alloca ptr
           %error = alloca ptr
-          %status = call i32 @"{inner}"({handed})
+          %status = call i32 @"{inner}"(ptr %result, ptr %error, {taken})
           ret void
         }}
         declare i32 @"{inner}"(ptr, ptr, {", ".join(kinds)})

@@ -45,7 +45,7 @@ class JDWorker(ReportingWorker, PlatformWorker):
         return result
 
     def determine_available_memory(self) -> int:
-        # The CPU's worker compiles here, since memory is short while it does.
+        # The CPU's worker compiles here.
         with kept_compilation.loads():
             available: int = super().determine_available_memory()
         return available
