@@ -8,13 +8,11 @@ writable costs the seconds and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +25,8 @@ import numpy as np
 from numba.core import types
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from vllm_jdlora.atomic_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +150,9 @@ def _read(file: Path) -> bytes | None:
 
 def _keep(file: Path, code: bytes) -> None:
     data = save({_OBJECT: np.frombuffer(code, np.uint8)}, {"sha256": hashlib.sha256(code).hexdigest()})
-    temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
-        with os.fdopen(descriptor, "wb") as opened:
-            opened.write(data)
-        os.replace(temporary, file)
+        with replacing(file) as new:
+            new.write_bytes(data)
     except OSError as error:
         logger.warning("the compiled kernel is not kept for the next start: %s", error)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)

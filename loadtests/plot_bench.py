@@ -56,7 +56,7 @@ def plot(record: dict[str, Any], file: Path = PICTURE) -> Path:
     # A row that ran in two groups is drawn from the first, which its own ratios come from too.
     first = {key: group for group in reversed(record["groups"]) for key in group["rows"]}
     panels = {
-        targets: [(key, first[key]) for key in record["rows"] if key in first and _targets(record, key) == targets]
+        targets: [(key, first[key]) for key in record["rows"] if _targets(record, key) == targets]
         for targets in _TARGETS
     }
     panels = {targets: rows for targets, rows in panels.items() if rows}

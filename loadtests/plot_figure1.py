@@ -20,6 +20,7 @@ from vllm_jdlora.evaluation.plot_style import (
     ORANGE,
     PURPLE,
     REFERENCE_LINE,
+    SKY,
     VERMILION,
     SavedFigure,
 )
@@ -33,7 +34,7 @@ _LOOK = {
     "d": (ORANGE, "^"),
     "e": (GREEN, "v"),
     "f": (BLUE, "o"),
-    "f8": (BLUE, "P"),
+    "f8": (SKY, "P"),
 }
 _RATIOS = {("f", "c"): (BLUE, "o"), ("f", "d"): (ORANGE, "^"), ("e", "c"): (GREEN, "v"), ("f", "e"): (GREY, "D")}
 """All of the gain over stock vLLM of equal and of more memory; what the kernels do alone, what compression adds."""

@@ -8,14 +8,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BELOW = {
     "vllm_jdlora.errors": set(),
+    "vllm_jdlora.atomic_file": set(),
     "vllm_jdlora.peft_config": {"vllm_jdlora.errors", "vllm_jdlora.json_file"},
     "vllm_jdlora.json_file": set(),
     "vllm_jdlora.known_mean": set(),
     "vllm_jdlora.tensor_file": {"vllm_jdlora.errors", "vllm_jdlora.json_file"},
     "vllm_jdlora.adapter": {"vllm_jdlora.errors", "vllm_jdlora.peft_config", "vllm_jdlora.tensor_file"},
     "vllm_jdlora.jd": {"vllm_jdlora.errors"},
-    "vllm_jdlora.kernels": {"vllm_jdlora.errors"},
+    "vllm_jdlora.kernels": {"vllm_jdlora.errors", "vllm_jdlora.atomic_file"},
     "vllm_jdlora.collection": {
+        "vllm_jdlora.atomic_file",
         "vllm_jdlora.adapter",
         "vllm_jdlora.peft_config",
         "vllm_jdlora.tensor_file",

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_jdlora.adapter import SliceShape
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.collection.schema import BaseModel
 from vllm_jdlora.collection.stream import write_streamed
 from vllm_jdlora.errors import JDLoRAError
@@ -127,18 +125,14 @@ class SecondMoments:
             "inputs": dict(self.inputs),
             "gradients": dict(self.gradients),
         }
-        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
+        layout = {key: (matrix.dtype, tuple(matrix.shape)) for key, matrix in self.matrices.items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            layout = {key: (matrix.dtype, tuple(matrix.shape)) for key, matrix in self.matrices.items()}
-            write_streamed(temporary, layout, self.matrices.values(), {_HEADER: json.dumps(header)})
-            os.replace(temporary, file)
+            with replacing(file) as new:
+                write_streamed(new, layout, self.matrices.values(), {_HEADER: json.dumps(header)})
         except (OSError, SafetensorError) as error:
             problem = getattr(error, "strerror", None) or error
             raise JDLoRAError(f"{file}: cannot be written ({problem}); nothing was changed") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     @staticmethod
     def load(file: Path, *, verify: bool = True) -> SecondMoments:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.jd.slice_fit import SliceFit
 
@@ -137,26 +138,18 @@ class WorkFolder:
         try:
             state = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return {"recipe": None} if any(entry.suffix != ".tmp" for entry in self.path.iterdir()) else {}
+            return {"recipe": None} if any(entry.suffix != ".new" for entry in self.path.iterdir()) else {}
         return state if isinstance(state, dict) else {"recipe": None}
 
     def _write_state(self) -> None:
         state = {"recipe": self._digest, "accepted": self._accepted, "temporary": self._temporary}
-        file = self.path / _STATE
-        new = file.with_suffix(".tmp")
-        with open(new, "w", encoding="utf-8") as out:
-            json.dump(state, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(new, file)
+        with replacing(self.path / _STATE, durable=True) as new:
+            new.write_text(json.dumps(state), encoding="utf-8")
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    new = file.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, new)
-    with open(new, "rb+") as written:
-        os.fsync(written.fileno())
-    os.replace(new, file)
+    with replacing(file, durable=True) as new:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, new)
 
 
 def _load(file: Path) -> dict[str, Tensor] | None:

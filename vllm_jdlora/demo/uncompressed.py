@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_jdlora.adapter import content_digest, file_digest
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.demo.base_model import MANIFEST
 from vllm_jdlora.demo.cache import text_digest
 from vllm_jdlora.demo.requests import ChatRequest
@@ -33,9 +33,8 @@ def uncompressed_answers(
         answers = _generate(base_model, adapters_dir, [request for _, request in missing], chat_template.read_text())
         known |= dict(zip([key for key, _ in missing], answers, strict=True))
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache_file.with_name(f"{cache_file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known, indent=1) + "\n")
-        temporary.rename(cache_file)
+        with replacing(cache_file) as new:
+            new.write_text(json.dumps(known, indent=1) + "\n")
     return [known[key] for key in keys]
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_jdlora.adapter import Adapter, read_adapters
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.calibration import adapter_moments
 from vllm_jdlora.calibration_text import of_task
 from vllm_jdlora.collection.arrivals import project
@@ -171,9 +172,8 @@ def _keep(file: Path, revision: str, settings: DistillationSettings, done: _Done
     tensors = {name: after.contiguous() for name, (after, *_) in done.items()}
     facts = {"recipe": f"{revision} {settings}"}
     facts |= {f"{key} {name}": str(done[name][i]) for name in done for i, key in enumerate(_DIVERGENCES, 1)}
-    temporary = file.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=facts)
-    temporary.replace(file)
+    with replacing(file) as new:
+        save_file(tensors, new, metadata=facts)
 
 
 def _kept(file: Path, revision: str, settings: DistillationSettings) -> _Done:

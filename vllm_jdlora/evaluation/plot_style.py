@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vllm_jdlora.atomic_file import replacing
+
 # Okabe-Ito: told apart by colour-blind readers too; where curves have markers, those say it again.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999",
@@ -55,13 +57,12 @@ class SavedFigure:
         try:
             if kind is None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = self.file.with_name(f".new-{self.file.name}")
                 # No date in it: the same data gives the same file.
                 dated = {"metadata": {"Date": None}} if self.file.suffix == ".svg" else {"dpi": 160}
-                self.figure.savefig(temporary, **dated)
-                if self.file.suffix == ".svg":
-                    temporary.write_text(_smaller(temporary.read_text(encoding="utf-8")), encoding="utf-8")
-                temporary.replace(self.file)
+                with replacing(self.file) as new:
+                    self.figure.savefig(new, format=self.file.suffix[1:], **dated)
+                    if self.file.suffix == ".svg":
+                        new.write_text(_smaller(new.read_text(encoding="utf-8")), encoding="utf-8")
         finally:
             self._styled.__exit__(None, None, None)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.known_mean import mean_of_known
 
@@ -144,9 +144,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            temporary = path.with_name(f".{path.name}.new")
-            temporary.write_bytes(whole)
-            os.replace(temporary, path)
+            with replacing(path) as new:
+                new.write_bytes(whole)
     except OSError as error:
         raise JDLoRAError(f"{path}: cannot be read ({error.strerror})") from error
     for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):

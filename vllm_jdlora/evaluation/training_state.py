@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.errors import JDLoRAError
 
 _HEADER = "training"
@@ -64,16 +62,12 @@ def save_checkpoint(
         tensors[f"weight.{name}"] = parameter.detach()
         tensors |= {f"{key}.{name}": optimizer.state[parameter][key] for key in _MOMENTS}
     header = json.dumps({"identity": identity, "progress": asdict(progress)})
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={_HEADER: header})
-        os.replace(temporary, file)
+        with replacing(file) as new:
+            save_file(tensors, new, metadata={_HEADER: header})
     except (OSError, SafetensorError) as error:
         raise JDLoRAError(f"{file}: cannot be written ({error})") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from typing import Any
 from prometheus_client import Gauge
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
+from vllm_jdlora.atomic_file import replacing
+
 REFRESH_SECONDS = 0.1
 """How often the file is written for a new value under the same labels; for new labels at once."""
 
@@ -54,11 +56,9 @@ class OneSeries:
             self._write(self._file, value, now)
 
     def _write(self, file: Path, value: float, now: float) -> None:
-        temporary = file.with_suffix(f".{os.getpid()}")  # not *.db, which would be read
-        temporary.unlink(missing_ok=True)
-        series: Any = MmapedDict(str(temporary))
         gauge = self._gauge
         names, values = list(self._labels), list(self._labels.values())
-        series.write_value(mmap_key(gauge._name, gauge._name, names, values, gauge._documentation), value, now)
-        series.close()
-        os.replace(temporary, file)
+        with replacing(file) as new:  # which is not called *.db: such files are read
+            series: Any = MmapedDict(str(new))
+            series.write_value(mmap_key(gauge._name, gauge._name, names, values, gauge._documentation), value, now)
+            series.close()

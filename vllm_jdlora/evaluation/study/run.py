@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.errors import JDLoRAError
 from vllm_jdlora.evaluation.evaluate import BASE, UNCOMPRESSED
 from vllm_jdlora.evaluation.plots import (
@@ -80,10 +81,9 @@ def write_summary(settings: StudySettings, parts: Mapping[str, Part]) -> Path:
     own = {key: _plain(value) for key, value in asdict(settings).items() if key not in ("output", "parts")}
     for name, part in parts.items():
         summary[name] = {"settings": own, **part.to_json()}
-    temporary = file.with_name(f".new-{file.name}")
     try:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        with replacing(file) as new:
+            new.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise JDLoRAError(f"{file}: cannot be written ({error.strerror})") from error
     return file

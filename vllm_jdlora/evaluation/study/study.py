@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from vllm_jdlora.adapter import Adapter, file_digest, read_adapters
+from vllm_jdlora.atomic_file import replacing
 from vllm_jdlora.calibration import gather_cached
 from vllm_jdlora.calibration_text import of_task, text_sha256
 from vllm_jdlora.collection import Collection
@@ -259,9 +260,8 @@ class Study:
         if not file.exists():
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_name(f".new-{file.name}")
-                temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(file)
+                with replacing(file) as new:
+                    new.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
             except OSError as error:
                 raise JDLoRAError(f"{file}: cannot be written ({error.strerror})") from error
             return
