@@ -129,7 +129,7 @@ def _body(form: Form, rank: int, thread_number: Any) -> Any:
         thread = int64(thread_number())
         rows, slices, d_in, turns, pieces = p[ROWS_OF_V], p[SLICES], p[D_IN], p[TURNS], p[PIECES]
         padded = turns * step
-        sigma_lines = max(slices * rank * (1 if p[DIAGONAL] else rank) * 4 // 64, 1)
+        sigma_lines = max(slices * rank * (1 if p[DIAGONAL] else rank) * width // 64, 1)
         # This thread's scratch.
         at_rows = p[SCRATCH] + thread * p[SCRATCH_STRIDE]
         at_x, at_h, at_g = at_rows + p[AT_X], at_rows + p[AT_H], at_rows + p[AT_G]
@@ -209,12 +209,12 @@ def _body(form: Form, rank: int, thread_number: Any) -> Any:
                         h[i, r] *= v_scale[r]
                 for r in range(0, slices * rank, few):
                     if p[DIAGONAL]:
-                        scale(sigma + 4 * r, 0, 1, of_h + 4 * r, of_g + g_width * r, scales + 4 * (rows + r))
+                        scale(sigma + width * r, 0, 1, of_h + 4 * r, of_g + g_width * r, scales + 4 * (rows + r))
                     else:
                         first = r // rank * rank
-                        of_sigma = sigma + 4 * (first * rank + r - first)
+                        of_sigma = sigma + width * (first * rank + r - first)
                         to, of_u = of_g + g_width * r, scales + 4 * (rows + r)
-                        apply_sigma(of_sigma, rank * 4, rank // SIGMA_COLUMNS, of_h + 4 * first, to, of_u)
+                        apply_sigma(of_sigma, rank * width, rank // SIGMA_COLUMNS, of_h + 4 * first, to, of_u)
 
             table = carray(address_as_pointer(p[SLICE_TABLE]), (slices, _PER_SLICE), int64)
             column = int64(0)

@@ -7,6 +7,7 @@ base model are not looked at.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ _MOST = cpu_body.GROUP
 _SHARE = 2
 # A cluster's bases come from memory once, for as long as it takes to multiply so many tokens by them.
 _READING = 4
+# Most clusters that are dealt out to threads one by one, which takes half a microsecond each.
+_DEALT = 64
 # Rows of V are padded to the sums of one token's tile, which is a vector at most.
 _ROWS = 16
 _LINE = 64
@@ -82,25 +85,45 @@ class TokenGroups:
         within = np.arange(int(groups.sum())) - np.repeat(first, groups)
         group_start = np.repeat(starts, groups) + most * within
         group_count = np.minimum(most, np.repeat(starts + lengths, groups) - group_start)
+        threads = max(1, min(threads, len(within)))
+        thread = _thread_of_each(group_count + _READING * (within == 0), groups, threads)
+        order = np.argsort(thread, kind="stable")
         return cls(
             num_tokens=len(token_cluster),
             tokens=tokens.astype(np.int64),
             slots=token_slot[tokens].astype(np.int64),
-            group_start=group_start.astype(np.int64),
-            group_count=group_count.astype(np.int64),
-            group_cluster=np.repeat(cluster[starts], groups),
-            split=_split(group_count + _READING * (within == 0), threads),
+            group_start=group_start[order].astype(np.int64),
+            group_count=group_count[order].astype(np.int64),
+            group_cluster=np.repeat(cluster[starts], groups)[order],
+            split=np.searchsorted(thread[order], np.arange(threads + 1)),
         )
 
 
-def _split(work: np.ndarray, threads: int) -> np.ndarray:
-    """Groups for each thread, alike in work; work: of each group."""
-    if not len(work):
-        return np.zeros(2, dtype=np.int64)
+def _thread_of_each(work: np.ndarray, groups: np.ndarray, threads: int) -> np.ndarray:
+    """Thread of each group, int64 [groups], so that all threads end together.
+
+    Many groups are divided where their work is. Few clusters are dealt out whole, the largest first, each to the thread
+    that has least, unless one of them has most of the tokens.
+
+    Args:
+        work: of each group.
+        groups: how many each cluster has; they lie one after the other.
+    """
+    if threads == 1:
+        return np.zeros(len(work), dtype=np.int64)
     done = np.cumsum(work)
-    threads = min(threads, len(work))
-    inner = np.searchsorted(done, done[-1] * np.arange(1, threads) / threads, side="left") + 1
-    return np.concatenate(([0], inner, [len(work)])).astype(np.int64)
+    runs = ((done - work / 2) * threads // done[-1]).astype(np.int64)
+    if not threads <= len(groups) <= _DEALT:
+        return runs
+    of_cluster = np.add.reduceat(work, np.cumsum(groups) - groups)
+    loads = [(0, thread) for thread in range(threads)]
+    dealt = np.empty(len(groups), dtype=np.int64)
+    for cluster in np.argsort(-of_cluster, kind="stable").tolist():
+        load, thread = loads[0]
+        dealt[cluster] = thread
+        heapq.heapreplace(loads, (load + int(of_cluster[cluster]), thread))
+    even = max(load for load, _ in loads) <= np.bincount(runs, work).max()
+    return np.repeat(dealt, groups) if even else runs
 
 
 def stream_shapes(
@@ -120,8 +143,8 @@ class PackedLinear:
 
     Attributes:
         form: of the bases.
-        sigma: fp32 [slots, slices, R, R], in memory column by column (a transposed view), or, for JD-Diag,
-            [slots, slices, R]; read where it is.
+        sigma: of the form's dtype [slots, slices, R, R], in memory column by column (a transposed view), or, for
+            JD-Diag, [slots, slices, R]; read where it is.
         parameters_address: what the kernel is called with.
     """
 
@@ -130,8 +153,8 @@ class PackedLinear:
         if rank % 8:
             raise ValueError(f"the CPU kernel takes ranks that are multiples of 8, not {rank}: pad with zeros")
         columns = sigma if sigma.ndim == 3 else sigma.mT
-        if sigma.dtype != torch.float32 or not columns[0].is_contiguous():
-            raise ValueError("the CPU kernel reads Σ in fp32, each slot contiguous and column by column")
+        if sigma.dtype != form.stored or not columns[0].is_contiguous():
+            raise ValueError(f"the CPU kernel reads Σ in {form.stored}, each slot contiguous and column by column")
         self.form, self.rank, self.widths, self.sigma = form, rank, tuple(widths), sigma
         v_shape, u_shapes = stream_shapes(widths, d_in, rank, form)
         self.d_in, self._rows = d_in, v_shape[0] * BLOCK
@@ -218,7 +241,7 @@ class PackedLinear:
             cpu_body.D_IN: self.d_in,
             cpu_body.TURNS: turns,
             cpu_body.SIGMA: sigma.data_ptr(),
-            cpu_body.SIGMA_SLOT: sigma.stride(0) * 4,
+            cpu_body.SIGMA_SLOT: sigma.stride(0) * sigma.element_size(),
             cpu_body.DIAGONAL: sigma.ndim == 3,
             cpu_body.PIECES: self.rank // (2 if self.form.pairs else 1) // PIECE,
             cpu_body.SLICES: len(self.widths),

@@ -119,20 +119,20 @@ def expand_tile(form: Form, tokens: int, vectors: int, depth: int, fetches: bool
 def sigma_tile(form: Form, lanes: int, diagonal: bool) -> Any:
     """numba intrinsic ``(sigma, stride, turns, h, g, scale)``: ``g[r] = Σ[r] · h`` for as many rows r as lanes.
 
-    All int64 addresses of fp32 but g, which is bf16 for pairs. Σ lies column by column, ``stride`` bytes apart,
-    ``4 · turns`` of them. A diagonal Σ is a vector of lanes, as is h. With bases of 8 bits g is
-    multiplied by what lies at ``scale``.
+    All int64 addresses of fp32 but Σ, which is of the dtype of x and y, and g, which is bf16 for pairs. Σ lies column
+    by column, ``stride`` bytes apart, ``4 · turns`` of them. A diagonal Σ is a vector of lanes, as is h. With bases of
+    8 bits g is multiplied by what lies at ``scale``. Products and sums are fp32.
     """
-    kept = Form(torch.float32, False, lanes)
+    kept, stored = Form(torch.float32, False, lanes), Form(form.stored, False, lanes)
 
     def body(code: Code, sigma: Any, stride: Any, turns: Any, h: Any, g: Any, scale: Any) -> None:
         if diagonal:
-            total = code.times_each(code.load(sigma, lanes, kept, "x"), code.load(h, lanes, kept, "x"))
+            total = code.times_each(code.load(sigma, lanes, stored, "basis"), code.load(h, lanes, kept, "x"))
         else:
             with code.loop(turns, [code.zeros(lanes)] * SIGMA_COLUMNS) as (turn, sums):
                 for c in range(SIGMA_COLUMNS):
                     column = code.plus(code.times(turn, SIGMA_COLUMNS), c)
-                    of_sigma = code.load(code.add(sigma, code.times(column, stride)), lanes, kept, "x")
+                    of_sigma = code.load(code.add(sigma, code.times(column, stride)), lanes, stored, "basis")
                     of_h = code.broadcast(code.add(h, code.times(column, 4)), kept)
                     sums[c] = code.product(kept, sums[c], of_sigma, of_h)
             total = code.plus_each(code.plus_each(sums[0], sums[1]), code.plus_each(sums[2], sums[3]))

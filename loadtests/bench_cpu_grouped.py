@@ -66,7 +66,7 @@ def batch_of(tokens: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def kernel(module: Module, form: Form, clusters: int, token_cluster: np.ndarray, token_slot: np.ndarray) -> Run:
-    sigma = torch.randn(ADAPTERS, len(module.widths), RANK, RANK).mT
+    sigma = torch.randn(ADAPTERS, len(module.widths), RANK, RANK).to(form.stored).mT
     linear = PackedLinear(module.widths, module.d_in, RANK, clusters, form, sigma)
     groups = TokenGroups.plan(token_cluster, token_slot)
     for cluster in range(clusters):

@@ -20,7 +20,7 @@ OURS_ONLY = (10_000,)
 SHORT = (4, 64, 1024)
 RANK = 16
 ADAPTERS_PER_CLUSTER = 4
-_BASE_BYTES, _SIGMA_BYTES = 2, 4  # of a number on the device: bf16, and Σ in fp32 as the CPU kernel reads it
+_BYTES = 2  # of a number on the device: bf16
 _SCALE_BYTES = 4  # of bases in 8 bits: fp32, for each direction of U and of V
 
 
@@ -93,13 +93,13 @@ class LoRABytes:
     @property
     def slot(self) -> int:
         """A LoRA slot of stock vLLM that is told its targets, and as much a pair of bases of that rank."""
-        return _BASE_BYTES * RANK * sum(part.d_out + part.d_in for part in self.slices)
+        return _BYTES * RANK * sum(part.d_out + part.d_in for part in self.slices)
 
     def compressed(self, adapters: int, clusters: int, quantize: str = "none") -> int:
         bases = self.slot
         if quantize != "none":
-            bases = bases // _BASE_BYTES + 2 * RANK * _SCALE_BYTES * len(self.slices)
-        return clusters * bases + adapters * _SIGMA_BYTES * RANK**2 * len(self.slices)
+            bases = bases // _BYTES + 2 * RANK * _SCALE_BYTES * len(self.slices)
+        return clusters * bases + adapters * _BYTES * RANK**2 * len(self.slices)
 
 
 def clusters_of(adapters: int) -> int:

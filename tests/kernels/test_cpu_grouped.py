@@ -69,7 +69,8 @@ class Problem:
             self.v_stored = [quantized(v, kind) for v in self.v]
             self.u = [dequantized(*u).mT for u in self.u_stored]
             self.v = [dequantized(*v) for v in self.v_stored]
-        self.sigma = rand(SLOTS, len(widths), rank) if diagonal else rand(SLOTS, len(widths), rank, rank).mT
+        scalings = rand(SLOTS, len(widths), rank) if diagonal else rand(SLOTS, len(widths), rank, rank)
+        self.sigma = scalings.to(stored) if diagonal else scalings.to(stored).mT
         self.y, self.x = rand(tokens, sum(widths)).to(stored), rand(tokens, d_in).to(stored)
         self.linear = PackedLinear(widths, d_in, rank, CLUSTERS, form, self.sigma)
         for cluster in range(CLUSTERS):
@@ -111,7 +112,8 @@ class Problem:
         for x, c, s in zip(self.x.float(), clusters, slots, strict=True):
             for i in range(len(self.u)) if c >= 0 and s >= 0 else ():
                 h = self.v[i][c].float() @ x
-                g = self.sigma[s, i] @ h if self.sigma.ndim == 4 else self.sigma[s, i] * h
+                sigma = self.sigma[s, i].float()
+                g = sigma @ h if sigma.ndim == 2 else sigma * h
                 largest = max(largest, float((self.u[i][c].float().abs() @ g.abs()).max()))
         return largest
 
@@ -147,7 +149,7 @@ def test_every_number_of_8_bits_is_widened_exactly(form):
     stored = torch.arange(256, dtype=torch.uint8).view(form.eight_bit)
     numbers = stored.float().nan_to_num(0)
     numbers[numbers == -128] = 0  # which the quantiser does not make
-    sigma = torch.eye(8).expand(1, 1, 8, 8).mT
+    sigma = torch.eye(8, dtype=form.stored).expand(1, 1, 8, 8).mT
     one = EightBitBases.beside([torch.zeros(1, 1, 8, 256)], [torch.zeros(1, 1, 263, 8)], 1, form.eight_bit)
     one.v[0][0, 0, 5].copy_(numbers)
     one.u[0][0, 0, :256, 3].copy_(numbers)
@@ -232,6 +234,21 @@ def test_a_plan_gives_every_token_of_an_adapter_to_one_group_and_thread():
     assert max(tokens_of) < 1.5 * min(tokens_of)
 
 
+@pytest.mark.parametrize("clusters", [8, 30])
+def test_threads_of_a_decode_step_end_together(clusters):
+    rng = np.random.default_rng(3)
+    waits = []
+    for _ in range(50):
+        plan = TokenGroups.plan(rng.integers(0, clusters, 32), np.arange(32), threads=2)
+        parts = [slice(a, b) for a, b in zip(plan.split, plan.split[1:], strict=False)]
+        own = [set(plan.group_cluster[part].tolist()) for part in parts]
+        assert not own[0] & own[1], "no thread reads the bases of another"
+        # Reading a cluster's bases takes as long as a few tokens' products.
+        work = [plan.group_count[part].sum() + 4 * len(set(plan.group_cluster[part].tolist())) for part in parts]
+        waits.append(max(work) / np.mean(work))
+    assert np.mean(waits) < 1.03
+
+
 @pytest.mark.parametrize(("tokens", "threads", "most"), [(32, 2, 8), (32, 32, 4), (512, 2, 16), (1, 1, 4)])
 def test_groups_are_larger_where_every_thread_has_enough_of_them(tokens, threads, most):
     zeros = np.zeros(tokens, dtype=np.int64)
@@ -278,7 +295,7 @@ def test_torchs_own_threads_are_used():
     ("change", "words"),
     [
         ({"rank": 12}, "multiples of 8"),
-        ({"sigma": torch.zeros(2, 1, 8, 8).double()}, "fp32"),
+        ({"sigma": torch.zeros(2, 1, 8, 8).double()}, "float32"),
         ({"sigma": torch.zeros(2, 1, 8, 8)}, "column by column"),
     ],
 )

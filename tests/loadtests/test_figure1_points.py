@@ -32,7 +32,7 @@ def test_columns_are_finished_one_after_the_other():
 def test_a_slot_and_a_pair_of_bases_take_what_vllm_allocates_for_them():
     memory = LoRABytes(tuple(SLICES))
     assert memory.slot == 2 * RANK * (576 + 576 + 192 + 576)
-    sigma = 10 * len(SLICES) * RANK * RANK * 4
+    sigma = 10 * len(SLICES) * RANK * RANK * 2
     assert memory.compressed(10, 3) == 3 * memory.slot + sigma
     # A byte for each number, and fp32 scales for R directions of U and of V in each slice.
     assert memory.compressed(10, 3, "int8") == 3 * (memory.slot // 2 + len(SLICES) * 2 * RANK * 4) + sigma

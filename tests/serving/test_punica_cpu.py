@@ -28,7 +28,7 @@ def served(dtype: torch.dtype):
     draw = torch.Generator().manual_seed(0)
     punica = JDPunicaCPU(16, 4, "cpu", {}, dtype)
     layer = Linear()
-    sigma = torch.randn(4, 1, RANK, RANK, generator=draw).mT
+    sigma = torch.randn(4, 1, RANK, RANK, generator=draw).to(punica.sigma_dtype).mT
     wrapper = punica.for_layer("layer", layer, sigma)
     u = [torch.randn(D_OUT, RANK, generator=draw).to(dtype) / RANK for _ in range(SLOTS)]
     v = [torch.randn(RANK, D_IN, generator=draw).to(dtype) / D_IN**0.5 for _ in range(SLOTS)]

@@ -46,7 +46,7 @@ class BaseSlotsManager(LRUCacheLoRAModelManager):
                 lora_config,
                 max_loras=slots,
                 max_cpu_loras=max(slots, self._lora_bases + (lora_config.max_cpu_loras or 0)),
-                # On CPU the kernel reads Σ in fp32; bases come in this dtype and are laid down in the model's.
+                # On CPU bases come in fp32 and are laid down in the model's dtype.
                 lora_dtype=torch.float32 if current_platform.is_cpu() else lora_config.lora_dtype,
             ),
             vllm_config=vllm_config,

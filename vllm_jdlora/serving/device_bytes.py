@@ -119,7 +119,7 @@ class DeviceBytes:
     Attributes:
         modules: what vLLM wraps, as one rank has it.
         device: ``cuda`` or ``cpu``, whose buffers differ.
-        dtype: of the model, in which bases and plain adapters are kept; Σ as well on CUDA.
+        dtype: of the model, in which all is kept; on CPU a model in fp16 has fp32 instead.
         diagonal: JD-Diag's Σ.
         base_bits: 8 for bases as a quantised collection stores them (``--jd-base-bits``).
         max_loras: slots of plain adapters (``--max-loras``).
@@ -169,8 +169,8 @@ class DeviceBytes:
     def scaling(self, rank: int) -> int:
         """Σ of one adapter."""
         width = self.width(rank)
-        number = _WIDE if self.device == "cpu" else self.dtype.itemsize
-        return number * sum(len(m.widths) for m in self.modules) * (width if self.diagonal else width**2)
+        stored = _on_cpu(self.dtype) if self.device == "cpu" else self.dtype
+        return stored.itemsize * sum(len(m.widths) for m in self.modules) * (width if self.diagonal else width**2)
 
     def total(self, clusters: int, rank: int, adapters: int) -> int:
         """Everything, with the Σ of so many adapters, or of the slots that were asked for, and the identity that
@@ -189,6 +189,11 @@ class DeviceBytes:
         return sum(_stream_bytes(m, width, self.dtype, eight_bit) for m in self.modules)
 
 
+def _on_cpu(dtype: torch.dtype) -> torch.dtype:
+    """In which the CPU kernel has what a model of this dtype has."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @cache
 def _stream_bytes(module: WrappedModule, rank: int, dtype: torch.dtype, eight_bit: bool) -> int:
     """One cluster of one module as the CPU kernel reads it."""
@@ -196,7 +201,7 @@ def _stream_bytes(module: WrappedModule, rank: int, dtype: torch.dtype, eight_bi
     from vllm_jdlora.kernels.cpu_layout import Form
 
     # int8 and fp8 lie in the same way.
-    form = Form.here(torch.float32 if dtype == torch.float16 else dtype, torch.int8 if eight_bit else None)
+    form = Form.here(_on_cpu(dtype), torch.int8 if eight_bit else None)
     v, u = stream_shapes(module.widths, module.d_in, rank, form)
     scales = 2 * _SCALE * v[0] * v[2] if eight_bit else 0
     return form.basis.itemsize * sum(torch.Size(shape).numel() for shape in (v, *u)) + scales

@@ -58,7 +58,7 @@ class JDLoRAModelManager(BaseSlotsManager):
             slices.rows,
             lora_config.max_lora_rank,
             diagonal=manifest.method == "diag",
-            dtype=self.lora_config.lora_dtype,
+            dtype=self._punica.sigma_dtype or self.lora_config.lora_dtype,
             device=self.device,
             by_columns=self._punica.sigma_by_columns,
         )

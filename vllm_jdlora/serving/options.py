@@ -27,7 +27,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The widths that vLLM's LoRA buffers can have (``vllm.config.lora.MaxLoRARanks``)."""
 
 SCALING_BYTES = 2 << 30
-"""Device memory that Σ slots take at most when ``--jd-scaling-slots`` is not given."""
+"""Device memory that Σ slots take at most, in fp32, when ``--jd-scaling-slots`` is not given."""
 
 AGE_CAP = 2.0
 """Seconds that a request waits for a slot at most while younger ones take it."""

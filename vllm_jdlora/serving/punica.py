@@ -27,9 +27,11 @@ class JDPunica(PunicaWrapperBase):
 
     Attributes:
         sigma_by_columns: whether the kernels read Σ column by column in memory.
+        sigma_dtype: that the kernels read Σ in; None: that of vLLM's LoRA buffers.
     """
 
     sigma_by_columns = False
+    sigma_dtype: torch.dtype | None = None
 
     def __init__(
         self,

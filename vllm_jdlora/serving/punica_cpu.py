@@ -45,11 +45,11 @@ class JDPunicaCPU(JDPunica):
     ):
         """
         Args:
-            dtype: of the model. Bases are kept in it, and in fp32 for a model in fp16, which the kernel has not.
+            dtype: of the model. Bases and Σ are kept in it, and in fp32 for a model in fp16, which the kernel has not.
             eight_bit: how many clusters each layer keeps in 8 bits, before the bases of vLLM's slots, and the type.
         """
         super().__init__(max_num_batched_tokens, max_batches, device, forward_context_layers)
-        self._dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.sigma_dtype = self._dtype = torch.float32 if dtype == torch.float16 else dtype
         self._eight_bit = eight_bit
         self.groups = self.eight_bit_groups = TokenGroups.plan(_NO_TOKENS, _NO_TOKENS)
         # A model in fp16 is widened for the kernel, layer by layer, in Python.
