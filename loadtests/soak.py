@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import bench_results
 from bench_conditions import default_dtype, default_model
 from bench_engine import stop_on_termination
 from plot_soak import PICTURE, RESULTS, plot
@@ -30,7 +31,6 @@ from soak_run import BATCH, CONTEXT, Soak, Soaked
 from soak_verdicts import all_held
 
 from vllm_jdlora.demo.server import Server
-from vllm_jdlora.evaluation.records import append_line
 
 INTERRUPTED = 130
 
@@ -101,8 +101,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(TOLERANCES), help="default: bfloat16 where the CPU has it, or float32")
     parser.add_argument("--eager", action="store_true", help="without vLLM's compilation")
     parser.add_argument("--scratch", type=Path, help="folder for adapters and the log; default: a temporary one")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--plot", nargs="?", type=Path, const=PICTURE, help="draw the record")
+    bench_results.add_flags(parser, RESULTS, PICTURE)
     args = parser.parse_args()
     if args.adapters < 10 or args.minutes <= 0 or not 0 < args.load <= 1:
         parser.error("--adapters are at least 10, --minutes more than 0, --load in (0, 1]")
@@ -146,11 +145,9 @@ def main() -> None:
         except (KeyboardInterrupt, SystemExit):
             soaked = replace(soaked, interrupted=True)
     record, verdicts = record_of(args, model, soaked, checked)
-    append_line(args.results, record)
     print_verdicts(verdicts, soaked)
-    print(f"appended to {args.results}; the server's log is {log}")
-    if args.plot:
-        print(f"drawn in {plot(record, args.plot)}")
+    print(f"the server's log is {log}")
+    bench_results.keep(record, args, lambda picture: plot(record, picture))
     if soaked.interrupted:
         raise SystemExit(INTERRUPTED)
     if not all_held(verdicts):
