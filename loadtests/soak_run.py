@@ -8,7 +8,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
@@ -21,7 +21,7 @@ from soak_adapters import BASE, SoakAdapters
 from soak_churn import Operator
 from soak_counts import Clients, Comparison, compare_counts, http_growth
 from soak_hostile import HostileClient, hostile_requests, keep_sending
-from soak_traffic import SharedStems, SoakTraffic
+from soak_traffic import TOLD, SharedStems, SoakTraffic
 from soak_watch import Watch
 from traffic_summary import TrafficSummary, summarise
 from workload import Trace, TraceRequest, TrafficSpec, generate
@@ -142,16 +142,22 @@ class Soak:
         )
 
     async def _warm_up(self, session: aiohttp.ClientSession, target: Target) -> None:
-        """Many adapters once, and steps of each size: what is allocated at first use is there afterwards."""
+        """Many adapters, steps of each size, full batches: what is allocated at first use is there afterwards."""
         known = len(self.adapters.names)
         count = min(known, 2 * self.args.slots)
         spec = TrafficSpec(known, count, popularity="distinct", prompt=(8, 9), output=(2, 3))
         sizes = tuple(TraceRequest(0.0, i % known, i + 1, 1) for i in range(WARM_TOKENS))
-        task = self.progress.add_task("warming up", total=count + len(sizes))
-        for trace, users in ((generate(spec), BATCH), (Trace(spec, sizes), 1)):
-            await replay_by_users(
-                session, target, trace, users, on_answer=lambda answered: self._counted(answered, task)
-            )
+        # The allocator keeps what the largest step took, which has log-probabilities of a whole batch.
+        longest, most = self.args.prompt_tokens[1] - 1, self.args.output_tokens[1] - 1
+        full = tuple(TraceRequest(0.0, i % known, longest, most) for i in range(2 * BATCH))
+        telling = replace(target, options={**target.options, **TOLD})
+        task = self.progress.add_task("warming up", total=count + len(sizes) + len(full))
+        for whom, trace, users in (
+            (target, generate(spec), BATCH),
+            (target, Trace(spec, sizes), 1),
+            (telling, Trace(spec, full), BATCH),
+        ):
+            await replay_by_users(session, whom, trace, users, on_answer=lambda answered: self._counted(answered, task))
 
     async def _capacity(self, session: aiohttp.ClientSession, target: Target) -> TrafficSummary:
         """As many users as a batch holds, who ask again as soon as they are answered."""

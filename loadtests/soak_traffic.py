@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 from openai_client import Timing, stream_completion
@@ -25,6 +25,8 @@ LEFT_SHARE, CANCELLED_SHARE = 0.04, 0.02
 ARRIVED_SHARE = 0.1
 """Of the requests: to adapters that were loaded while the server ran, if there are any."""
 STEMS = 16
+TOLD: dict[str, Any] = {"logprobs": 1, "return_tokens_as_token_ids": True}
+"""What a request asks for whose answer is checked."""
 TIMEOUT = 300.0
 
 
@@ -121,7 +123,7 @@ class SoakTraffic:
         checked = fate == "whole" and draw.random() < self.checked_share
         options: dict[str, object] = {"ignore_eos": True}
         if checked:
-            options |= {"logprobs": 1, "return_tokens_as_token_ids": True}
+            options |= TOLD
         timing = await stream_completion(
             self.session,
             self.url,

@@ -19,7 +19,16 @@ from soak_adapters import Content, History, Spell
 from soak_churn import Event, Operator
 from soak_counts import Clients, Comparison, compare_counts
 from soak_hostile import COMPLETIONS, GONE, LOAD, HostileClient, HostileRequest, hostile_requests
-from soak_reference import TOLERANCES, Checked, Distance, Tolerance, contents_of, distance, most_by_chance
+from soak_reference import (
+    TOLERANCES,
+    Checked,
+    Distance,
+    Tolerance,
+    contents_of,
+    distance,
+    is_its_own,
+    most_by_chance,
+)
 from soak_run import Interrupts
 from soak_series import MIB, Growth, Thirds, growth_of, pieces_of, thirds_of
 from soak_traffic import Answer, SharedStems, SoakTraffic
@@ -187,6 +196,13 @@ def test_rounding_may_move_few_tokens_of_an_answer_far_and_no_answer_as_a_whole(
     assert Distance(0.32, off=0.2, behind=13.3).within(tolerance)
     assert not Distance(0.2, off=0.3, behind=0.2).within(tolerance), "of another adapter, where many tokens are sure"
     assert not Distance(0.4, off=0.2, behind=0.2).within(tolerance)
+
+
+def test_an_answer_that_rounding_moved_as_a_whole_is_told_from_anothers_by_other_contents():
+    far = [Distance(2.1, 0.8, 5.5), Distance(4.2, 1.0, 9.3)]
+    assert is_its_own(Distance(0.49, 0.45, 2.4), far)
+    assert not is_its_own(Distance(2.3, 0.9, 7.8), far), "as far from its own as from others"
+    assert not is_its_own(Distance(1.2, 0.6, 4.0), far), "between its own and another, as after a stale cache"
 
 
 @pytest.mark.parametrize(("count", "share"), [(450, 0.036), (30, 0.036), (450, 0.0), (0, 0.036)])
