@@ -33,6 +33,8 @@ from soak_verdicts import all_held
 from vllm_jdlora.demo.server import Server
 
 INTERRUPTED = 130
+FLAT_MEMORY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+"""As the operator's guide has it: by default oneDNN keeps code for 1,024 shapes, in whose place others come for hours."""
 
 
 def server_arguments(args: argparse.Namespace, model: Path, adapters: SoakAdapters) -> list[str]:
@@ -131,7 +133,7 @@ def main() -> None:
         log = Path(args.scratch or tempfile.gettempdir()) / f"jdlora-soak-{os.getpid()}.log"
         server = Server(
             server_arguments(args, model, adapters),
-            env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+            env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **FLAT_MEMORY},
             timeout=900,
             log_path=log,
         )
