@@ -34,7 +34,7 @@ from vllm_jdlora.demo.server import Server
 
 INTERRUPTED = 130
 FLAT_MEMORY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-"""As the operator's guide has it: by default oneDNN keeps code for 1,024 shapes, in whose place others come for hours."""
+"""As the operator's guide has it: by default oneDNN keeps code for 1,024 shapes, and new ones take old ones' place."""
 
 
 def server_arguments(args: argparse.Namespace, model: Path, adapters: SoakAdapters) -> list[str]:
