@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,8 @@ RESULTS = Path(__file__).parent / "results" / "bench_mapping.jsonl"
 MOST_TOKENS, MOST_SEQUENCES, CLUSTERS = 8192, 256, 8
 RANK, REVISION = 8, "r"
 KNOWN = (8, 256, 100_000)
+KERNEL_THREADS = 16
+"""That a step's groups are dealt out to; the plan is made by one."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def our_runner(requests: list[LoRARequest], plan: Callable[[np.ndarray, np.ndarr
     punica: Any = SimpleNamespace(update_tokens=plan)
     manager._punica = punica
     manager._set_up(CollectionRevisions(collection), scalings, CLUSTERS)
+    manager._bases._write = lambda slot, base: 0  # nothing is brought: all bases are there
+    manager._bases.load(CLUSTERS)
     for adapter, request in enumerate(requests):
         path = AdapterPath.parse(request.lora_path)
         assert path is not None
@@ -156,7 +161,11 @@ def main() -> None:
         for step in track(STEPS, description=f"{known:,} known adapters"):
             served = requests[: min(MOST_SEQUENCES, step.sequences)]
             for side, runner, repeats in (
-                ("ours, CPU plan", our_runner(requests, TokenGroups.plan), options.repeats),
+                (
+                    "ours, CPU plan",
+                    our_runner(requests, partial(TokenGroups.plan, threads=KERNEL_THREADS)),
+                    options.repeats,
+                ),
                 ("ours, GPU plan", our_runner(requests, tiles.plan), options.repeats),
                 ("stock vLLM", stock_runner(served), max(5, options.repeats // 10)),
             ):
@@ -166,6 +175,7 @@ def main() -> None:
     record = {
         **conditions(),
         "threads": 1,
+        "kernel_threads": KERNEL_THREADS,
         "clusters": CLUSTERS,
         "rows": rows,
     }

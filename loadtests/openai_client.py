@@ -194,9 +194,13 @@ class AnswerReader:
 
 
 def open_session(connections: int = 0) -> aiohttp.ClientSession:
-    """A session for load: any number of connections (or at most `connections`), none given up for lack of traffic."""
+    """A session for load: any number of connections, or at most `connections`.
+
+    vLLM closes those that are idle for 5 s (``VLLM_HTTP_TIMEOUT_KEEP_ALIVE``); they are given up before that, since a
+    request that is sent meanwhile is lost.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=60),
+        connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=2),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
         read_bufsize=1 << 20,
     )
