@@ -53,16 +53,16 @@ def test_a_rare_cluster_is_answered_while_the_common_one_is_asked_for_without_a_
                 answer = await client.post("/v1/completions", json=body)
                 assert answer.status_code == 200, answer.text
 
-            async def ask_on(until: asyncio.Event) -> None:
+            async def ask_on(until: asyncio.Event, tokens: int) -> None:
                 begin = time.monotonic()
                 while not until.is_set() and time.monotonic() - begin < PATIENCE:
-                    await ask(common, 40)
+                    await ask(common, tokens)
 
             await ask(rare, 1)  # both were asked for: slots are scarce from the next one on
             answered = asyncio.Event()
-            clients = [asyncio.create_task(ask_on(answered)) for _ in range(CLIENTS)]
-            for i, _ in enumerate(clients):
-                await asyncio.sleep(0.05 * (i + 1))  # they do not end together
+            # Answers of different lengths: some are always under way.
+            clients = [asyncio.create_task(ask_on(answered, 90 + 30 * i)) for i in range(CLIENTS)]
+            await asyncio.sleep(0.3)
             begin = time.monotonic()
             await ask(rare, 1)
             waited = time.monotonic() - begin
