@@ -203,6 +203,7 @@ def test_an_answer_that_rounding_moved_as_a_whole_is_told_from_anothers_by_other
     assert is_its_own(Distance(0.49, 0.45, 2.4), far)
     assert not is_its_own(Distance(2.3, 0.9, 7.8), far), "as far from its own as from others"
     assert not is_its_own(Distance(1.2, 0.6, 4.0), far), "between its own and another, as after a stale cache"
+    assert not is_its_own(Distance(0.49, 0.45, 2.4), []), "nothing to tell it by"
 
 
 @pytest.mark.parametrize(("count", "share"), [(450, 0.036), (30, 0.036), (450, 0.0), (0, 0.036)])
