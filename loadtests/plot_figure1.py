@@ -53,7 +53,7 @@ def plot(points: Points, file: Path = PICTURE) -> Path:
         first.yaxis.set_major_formatter("{x:g}")
         _curves(of_base, points, lambda m: m.ratios)
         of_base.axhline(1, **REFERENCE_LINE)
-        of_base.axhline(LEAST_OF_BASE, **{**REFERENCE_LINE, "ls": ":"}, label=f"goal {LEAST_OF_BASE}")
+        goal = of_base.axhline(LEAST_OF_BASE, **{**REFERENCE_LINE, "ls": ":"}, label=f"goal {LEAST_OF_BASE}")
         of_base.set(title="output tokens/s relative to the base beside it", ylim=(0, None))
         for one, other in _RATIOS:
             counts = [n for key, n in sorted(points) if key == one and (other, n) in points]
@@ -71,8 +71,11 @@ def plot(points: Points, file: Path = PICTURE) -> Path:
             axis.set_xticks(ticks, [f"{n:,}" for n in ticks], fontsize=7)
             axis.minorticks_off()
             axis.title.set_fontsize(10)
-            if axis is not first and axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=7)
+        # The series look the same in three panels: one legend below all, where it hides no point.
+        known = rate.get_legend_handles_labels()
+        rate.figure.legend(*known, loc="outside lower center", ncols=4, fontsize=7)
+        of_base.legend(handles=[goal], fontsize=7)
+        of_stock.legend(fontsize=7)
     return file
 
 
