@@ -82,8 +82,8 @@ def _body(form: Form, rank: int, thread_number: Any) -> Any:
     few = form.lanes if rank % form.lanes == 0 else 8  # rows of Σ that are taken at once
     depth = rank // 2 if form.pairs else rank
     carray, int64, float32 = numba.carray, np.int64, np.float32
-    shrink1, shrink2, shrink3, shrink4 = (shrink_tile(form, tokens) for tokens in TOKENS)
-    again4 = shrink_tile(form, 4, fetches=False)
+    shrink1, shrink2, shrink3, shrink4 = (shrink_tile(form, tokens, form.rows(tokens)) for tokens in TOKENS)
+    shrink1_of_8, again4 = shrink_tile(form, 1, 8), shrink_tile(form, 4, form.rows(4), fetches=False)
     vectors, lanes, u_block = form.vectors, form.lanes, depth * form.vector_bytes
     wide1, wide2, wide3, wide4 = (expand_tile(form, tokens, vectors, depth) for tokens in TOKENS)
     wide_again4 = expand_tile(form, 4, vectors, depth, fetches=False)
@@ -183,11 +183,16 @@ def _body(form: Form, rank: int, thread_number: Any) -> Any:
             onward = (group_cluster[min(group + 1, split[thread + 1] - 1)] - group_cluster[group] - 1) * p[CLUSTER]
             within = p[CLUSTER] - _AHEAD
             # The rows of V that the first tile reads once, in which as many reads of fewer rows fit.
-            piece = rows1 if size == 1 else (rows2 if size == 2 else rows4)
-            for j in range(0, rows, piece):
+            most = rows1 if size == 1 else (rows2 if size == 2 else rows4)
+            j = int64(0)
+            while j < rows:
+                # There are rows for half a vector of sums at the end where one token's tile takes a whole one.
+                piece = most if j + most <= rows else int64(8)
                 offset = j // BLOCK * p[V_BLOCK] + j % BLOCK * vector_bytes
                 ahead = _AHEAD if offset < within else _AHEAD + onward
-                if size == 1:
+                if piece == 8 and size == 1:
+                    shrink1_of_8(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
+                elif size == 1:
                     shrink1(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
                 elif size == 2:
                     shrink2(at_rows, bases + offset, p[V_BLOCK], turns, at_h + j * 4, g_stride, ahead)
@@ -200,6 +205,7 @@ def _body(form: Form, rank: int, thread_number: Any) -> Any:
                         offset = k // BLOCK * p[V_BLOCK] + k % BLOCK * vector_bytes
                         to = at_h + i * g_stride + k * 4
                         again4(at_rows + 8 * i, bases + offset, p[V_BLOCK], turns, to, g_stride, 0)
+                j += piece
 
             for i in range(count):
                 sigma = p[SIGMA] + slots[start + i] * p[SIGMA_SLOT]

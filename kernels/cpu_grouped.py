@@ -28,8 +28,6 @@ _SHARE = 2
 _READING = 4
 # Most clusters that are dealt out to threads one by one, which takes half a microsecond each.
 _DEALT = 64
-# Rows of V are padded to the sums of one token's tile, which is a vector at most.
-_ROWS = 16
 _LINE = 64
 
 
@@ -130,7 +128,7 @@ def stream_shapes(
     widths: Sequence[int], d_in: int, rank: int, form: Form
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """How one cluster's V of all slices lies, and the U of each slice of ``widths`` outputs: see lay_v and lay_u."""
-    rows = -(-len(widths) * rank // _ROWS) * _ROWS
+    rows = len(widths) * rank
     each = 2 if form.pairs else 1
     u_shapes: list[tuple[int, ...]] = [(-(-w // form.lanes), rank // each, form.lanes, each) for w in widths]
     return (rows // BLOCK, -(-d_in // form.step), BLOCK, form.step), u_shapes

@@ -25,14 +25,15 @@ SIGMA_COLUMNS = 4
 """Columns of Σ that are taken side by side."""
 
 
-def shrink_tile(form: Form, tokens: int, fetches: bool = True) -> Any:
+def shrink_tile(form: Form, tokens: int, rows: int, fetches: bool = True) -> Any:
     """numba intrinsic ``(x_rows, v, v_block, turns, h, h_stride, ahead)``: ``h[t, j] = V[j] · x[t]`` in fp32.
 
     All int64. x_rows: address of the addresses of ``tokens`` rows, padded to ``turns`` steps (bf16 for pairs, else
-    fp32); v: address of `form.rows(tokens)` rows in the layout of `lay_v`; v_block: bytes from block to block.
+    fp32); v: address of ``rows`` rows, up to `form.rows(tokens)`, in the layout of `lay_v`; v_block: bytes from block
+    to block.
     ahead: bytes from here to what is read next, of which as much is fetched meanwhile; with ``fetches`` alone.
     """
-    rows, lanes = form.rows(tokens), form.lanes
+    lanes = form.lanes
 
     def body(code: Code, x_rows: Any, v: Any, v_block: Any, turns: Any, h: Any, h_stride: Any, ahead: Any) -> None:
         x_at = [code.load_i64(x_rows, 8 * t) for t in range(tokens)]

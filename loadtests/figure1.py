@@ -170,7 +170,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--short", action="store_true", help=f"(c) and (f) at {SHORT}, two short turns each: does it run, and roughly"
     )
-    parser.add_argument("--clusters", nargs="+", type=_clusters, metavar="N=K", help="instead of one for every four")
+    parser.add_argument("--clusters", nargs="+", type=_clusters, metavar="N=K", help="instead of the rule's")
     parser.add_argument("--targets", choices=list(TARGETS), default="attention", help="modules that adapters change")
     parser.add_argument("--adapters", type=Path, default=ROOT / "demo" / "adapters", help="real ones, of rank 16")
     parser.add_argument("--synthetic", action="store_true", help="random adapters at every point")

@@ -81,7 +81,7 @@ def markdown(points: Points) -> str:
         *table("Output tokens/s of the base beside it, median [range] over pairs of turns:", _of_base),
         *table("Output tokens/s, median, and of the base beside it:", _rates),
         *table("Time to the first token, s: median of medians, and of the base beside it:", _first_tokens),
-        *table("LoRA memory on the device, MB (slots, or clusters of rank 16):", _memory),
+        *table("LoRA memory on the device, MB (slots, or clusters):", _memory),
     ]
     errors = {n: m.error for (key, n), m in sorted(points.items()) if key == "f" and m.error}
     if errors:

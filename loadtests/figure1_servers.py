@@ -88,7 +88,7 @@ class Provisions:
         series = _KIND[point.series]
         arguments = self.engine.arguments()
         if series.kind == "compressed":
-            collection, real = self._collection(point.adapters, point.clusters, series.quantize)
+            collection, real = self._collection(point, series.quantize)
             entries = collection.manifest.adapters
             errors = [entry.relative_error for entry in entries]
             error = {"mean": round(fmean(errors), 4), "max": round(max(errors), 4)} if real else None
@@ -107,27 +107,30 @@ class Provisions:
                 arguments += ["--lora-target-modules", *TARGETS[self.targets]]
         return Served(arguments, sorted(folder.name for folder in folders), real)
 
-    def _collection(self, adapters: int, clusters: int, quantize: str) -> tuple[Collection, bool]:
-        path = self.scratch / f"collection-{adapters}-{clusters}-{quantize}"
+    def _collection(self, point: Point, quantize: str) -> tuple[Collection, bool]:
+        adapters, clusters, rank = point.adapters, point.clusters, point.rank
+        path = self.scratch / f"collection-{adapters}-{clusters}-{rank}-{quantize}"
         real = self._real[:adapters] if adapters <= len(self._real) else []
         if path.exists():
             return Collection.open(path, verify=False), bool(real)
         if real:
-            return compress(real, path, rank=RANK, clusters=clusters, quantize=quantize), True
-        return self._random_collection(path, adapters, clusters, quantize), False
+            return compress(real, path, rank=rank, clusters=clusters, quantize=quantize), True
+        return self._random_collection(path, adapters, clusters, rank, quantize), False
 
     def _unused(self) -> Collection:
         path = self.scratch / "collection-unused"
-        return Collection.open(path, verify=False) if path.exists() else self._random_collection(path, 1, 1, "none")
+        if path.exists():
+            return Collection.open(path, verify=False)
+        return self._random_collection(path, 1, 1, RANK, "none")
 
-    def _random_collection(self, path: Path, adapters: int, clusters: int, quantize: str) -> Collection:
+    def _random_collection(self, path: Path, adapters: int, clusters: int, rank: int, quantize: str) -> Collection:
         return write_collection(
             path,
             self.engine.model,
             TARGETS[self.targets],
             adapters=adapters,
             clusters=clusters,
-            rank=RANK,
+            rank=rank,
             quantize=quantize,
         )
 

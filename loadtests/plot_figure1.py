@@ -35,6 +35,7 @@ _LOOK = {
     "e": (GREEN, "v"),
     "f": (BLUE, "o"),
     "f8": (SKY, "P"),
+    "f-rank16": (BLUE, "+"),
 }
 _RATIOS = {("f", "c"): (BLUE, "o"), ("f", "d"): (ORANGE, "^"), ("e", "c"): (GREEN, "v"), ("f", "e"): (GREY, "D")}
 """All of the gain over stock vLLM of equal and of more memory; what the kernels do alone, what compression adds."""

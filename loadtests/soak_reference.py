@@ -115,7 +115,7 @@ def check_answers(
     tolerance: Tolerance,
     on_checked: Callable[[], None],
 ) -> Checked:
-    """Compare each answer with the contents that its name had, and every fourth with another content as well."""
+    """Compare each answer with the contents that its name had, and with every fourth content an answer of others."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
@@ -139,16 +139,16 @@ def check_answers(
     def told(answer: Answer) -> str:
         return f"{answer.name}, request {answer.index}: {best.get(id(answer), NOWHERE)}"
 
-    for content, own in asked.items():
+    for number, (content, own) in enumerate(asked.items()):
         with torch.no_grad(), reference.merged(model, churn_adapters.deltas(model_folder, content)) as merged:
             for answer in own:
                 found = between(merged, answer)
                 if id(answer) not in best or found.logprob < best[id(answer)].logprob:
                     best[id(answer)] = found
                 on_checked()
-            if draw.random() < 0.25 and (strangers := [a for a in answers if content not in possible[id(a)]]):
-                stranger = draw.choice(strangers)
-                found = between(merged, stranger)
+            of_others = [a for a in answers if content not in possible[id(a)]]
+            if number % 4 == 0 and of_others:  # the first too, so that a few contents have one
+                found = between(merged, draw.choice(of_others))
                 result.others += 1
                 result.confused += found.within(tolerance)
                 result.nearest_other = min(result.nearest_other, found, key=lambda d: d.logprob)

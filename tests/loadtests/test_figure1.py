@@ -35,7 +35,7 @@ class Instant:
         return None
 
 
-SPEED = {"b": 0.4, "c": 0.2, "c-default": 0.1, "d": 0.25, "e": 0.9, "f": 1.0, "f8": 1.0}
+SPEED = {"b": 0.4, "c": 0.2, "c-default": 0.1, "d": 0.25, "e": 0.9, "f": 1.0, "f8": 1.0, "f-rank16": 1.0}
 
 
 def run(monkeypatch, tmp_path, model, *flags, dies=(), real=False):
@@ -81,14 +81,14 @@ def test_a_run_measures_reports_and_draws(monkeypatch, tmp_path, model, capsys):
     code, asked, results, picture = run(monkeypatch, tmp_path, model, *flags)
     assert code == 0
     points = [(key, n) for n in (4, 64, 1024) for key in "cdef"]
-    eight_bit = {("f8", 64), ("f8", 1024)}
-    assert set(asked) == {*points, *eight_bit, ("b", 1), ("c-default", 1024)} and len(asked) == 16
+    others = {("f8", 64), ("f8", 1024), ("f-rank16", 4), ("f-rank16", 64), ("f-rank16", 1024)}
+    assert set(asked) == {*points, *others, ("b", 1), ("c-default", 1024)} and len(asked) == 19
     shown = capsys.readouterr().out
     assert "(f)/(a) >= 0.95 at 1,024: 1, met" in shown and "(f)/(c) >= 4 at 1,024: 5, met" in shown
     assert "from 64 to 1,024 adapters within 3%: 0, met" in shown and "no error: 0, met" in shown
     assert "(f) compressed" in picture.read_text()
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert len(lines) == 16 and all(len(line["base"]) == 2 and "commit" in line["conditions"] for line in lines)
+    assert len(lines) == 19 and all(len(line["base"]) == 2 and "commit" in line["conditions"] for line in lines)
     assert len({json.dumps(line["settings"]) for line in lines}) == 1
 
 
@@ -138,7 +138,7 @@ def test_real_adapters_are_used_as_far_as_they_go_and_their_error_is_stated(monk
         (v["point"]["series"], v["point"]["adapters"]): v for v in map(json.loads, results.read_text().splitlines())
     }
     assert lines["f", 4]["real"] and lines["c", 4]["real"] and not lines["f", 8]["real"]
-    # Four adapters of rank 4 in one cluster of rank 16 lose nothing; the random ones were not compressed.
+    # Two adapters of rank 4 in a cluster of rank 8 lose nothing; the random ones were not compressed.
     assert lines["f", 4]["error"]["max"] < 0.02 and lines["f", 8]["error"] is None
     assert "4: 0.0" in capsys.readouterr().out
 

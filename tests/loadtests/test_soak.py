@@ -15,7 +15,7 @@ import torch
 from metrics_page import read_counters
 from openai_client import Timing, open_session
 from plot_soak import last_record, plot
-from soak_adapters import Content, History, Spell
+from soak_adapters import Content, History, Spell, churn_adapters
 from soak_churn import Event, Operator
 from soak_counts import Clients, Comparison, compare_counts
 from soak_hostile import COMPLETIONS, GONE, LOAD, HostileClient, HostileRequest, hostile_requests
@@ -24,6 +24,7 @@ from soak_reference import (
     Checked,
     Distance,
     Tolerance,
+    check_answers,
     contents_of,
     distance,
     is_its_own,
@@ -165,30 +166,70 @@ def test_a_server_that_is_gone_does_not_end_the_watch():
     assert asyncio.run(run()) == []
 
 
-def test_an_answer_of_another_adapter_is_far_away(tmp_path):
+def greedy(model, deltas, prompt: list[int], given: Answer, tokens: int = 4) -> Answer:
+    """`given` with what a model answers to the prompt with ΔW merged."""
+    from tests.reference import merged
+
+    chosen, logprobs = [], []
+    with torch.no_grad(), merged(model, deltas):
+        for _ in range(tokens):
+            best = model(torch.tensor([[*prompt, *chosen]])).logits[0, -1].log_softmax(-1).max(-1)
+            chosen.append(best.indices.item())
+            logprobs.append(best.values.item())
+    told = tuple(f"token_id:{token}" for token in chosen)
+    return replace(given, timing=replace(given.timing, tokens=told, logprobs=tuple(logprobs)))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(folder, model in fp32)"""
     from transformers import AutoModelForCausalLM
 
-    from tests.reference import merged
     from tests.tiny_llama import write_model
 
-    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path), dtype=torch.float32).eval()
+    folder = write_model(tmp_path_factory.mktemp("tiny"))
+    return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+EXACT = Tolerance(1e-4, token=1e-4, off=0.0, behind=1e-4, undecided=0.0)
+
+
+def test_an_answer_of_another_adapter_is_far_away(tiny):
+    from tests.reference import merged
+
+    _, model = tiny
     name = "model.layers.0.self_attn.q_proj"
     draw = torch.Generator().manual_seed(0)
     ours, others = ({name: 0.3 * torch.randn(128, 64, generator=draw)} for _ in range(2))
-    prompt, tokens, logprobs = [5, 6, 7], [], []
+    prompt = [5, 6, 7]
+    given = greedy(model, ours, prompt, answer())
     with torch.no_grad(), merged(model, ours):
-        for _ in range(4):
-            best = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].log_softmax(-1).max(-1)
-            tokens.append(best.indices.item())
-            logprobs.append(best.values.item())
-        given = answer(tokens=0)
-        timing = replace(given.timing, tokens=tuple(f"token_id:{t}" for t in tokens), logprobs=tuple(logprobs))
-        given = replace(given, timing=timing)
-        tolerance = Tolerance(1e-4, token=1e-4, off=0.0, behind=1e-4, undecided=0.0)
-        found = distance(model, prompt, given, tolerance)
-        assert found.within(tolerance) and found.logprob < 1e-5 and found.behind < 1e-5
+        found = distance(model, prompt, given, EXACT)
+        assert found.within(EXACT) and found.logprob < 1e-5 and found.behind < 1e-5
     with torch.no_grad(), merged(model, others):
-        assert not distance(model, prompt, given, tolerance).within(tolerance)
+        assert not distance(model, prompt, given, EXACT).within(EXACT)
+
+
+def test_answers_are_those_of_their_names_contents_and_of_no_others(tiny):
+    folder, model = tiny
+    history = History({"a": [Spell(FIRST, 0.0)], "b": [Spell(SECOND, 0.0)]})
+    trace = generate(TrafficSpec(2, 2, prompt=(6, 9), output=(4, 5)))
+    contents = churn_adapters.deltas(folder, FIRST), churn_adapters.deltas(folder, SECOND)
+    right = [
+        greedy(model, deltas, trace.prompt_ids(i, 256), replace(answer(name=name), index=i))
+        for i, (name, deltas) in enumerate(zip("ab", contents, strict=True))
+    ]
+    seen = []
+    checked = check_answers(folder, right, history, trace, 256, EXACT, lambda: seen.append(1))
+    assert (checked.answers, checked.contents, len(seen)) == (2, 2, 2)
+    assert not checked.wrong and not checked.undecided
+    # Of however few contents, one is compared with an answer of others, or that they are told apart is never seen.
+    assert (checked.others, checked.confused) == (1, 0)
+    assert checked.nearest_other.logprob > 10 * checked.farthest.logprob
+
+    crossed = [replace(right[0], name="b"), replace(right[1], name="a")]
+    checked = check_answers(folder, crossed, history, trace, 256, EXACT, lambda: None)
+    assert len(checked.wrong) == 2 and checked.confused == checked.others == 1
 
 
 def test_rounding_may_move_few_tokens_of_an_answer_far_and_no_answer_as_a_whole():

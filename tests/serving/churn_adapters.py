@@ -47,11 +47,12 @@ def slices(model: Path) -> tuple[SliceShape, ...]:
     """q, k and v of every layer."""
     config = json.loads((model / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    keys = hidden // heads * config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, config["num_key_value_heads"] * head_dim
     return tuple(
         SliceShape(f"model.layers.{layer}.self_attn.{target}", size, hidden)
         for layer in range(config["num_hidden_layers"])
-        for target, size in (("q_proj", hidden), ("k_proj", keys), ("v_proj", keys))
+        for target, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys))
     )
 
 
