@@ -92,7 +92,9 @@ class Provisions:
             entries = collection.manifest.adapters
             errors = [entry.relative_error for entry in entries]
             error = {"mean": round(fmean(errors), 4), "max": round(max(errors), 4)} if real else None
-            arguments += ["--lora-compression=jd", f"--lora-collection={collection.path}"]
+            # Room for plain adapters of higher rank would widen the bases.
+            sizes = [f"--max-lora-rank={point.rank}"]
+            arguments += ["--lora-compression=jd", f"--lora-collection={collection.path}", *sizes]
             return Served(arguments, sorted(entry.name for entry in entries), real, error)
         folders, real = self._folders(point.adapters, most)
         modules = ["--lora-modules", *(f"{folder.name}={folder}" for folder in folders)]

@@ -122,6 +122,8 @@ def test_servers_get_what_their_points_say(monkeypatch, tmp_path, model):
     assert "--max-loras=64" in by_name["d-64"] and "--lora-target-modules" not in by_name["c-default-1024"]
     equal = next(a for a in stock if a.startswith("--max-loras"))
     assert equal in by_name["e-64"] and "--lora-compression=jd" in by_name["e-64"] and equal != "--max-loras=64"
+    # Or bases would be padded to vLLM's 16.
+    assert "--max-lora-rank=8" in by_name["f-64"] and "--max-lora-rank=16" in by_name["f-rank16-64"]
     assert "--lora-modules" not in by_name["f-64"] and "--enable-lora" not in by_name["f-64"]
 
 
