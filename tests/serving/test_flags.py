@@ -144,6 +144,16 @@ def test_bases_of_a_quantised_collection_stay_in_8_bits_on_cpu_unless_asked_for_
     assert ServingOptions.from_additional_config(engine_args(args).additional_config).base_bits == bits
 
 
+def test_bases_in_buffers_wider_than_they_are_are_told_of(parser, files, logged):
+    flags = ("--lora-compression=jd", f"--lora-collection={files['collection']}")
+    assert engine_args(parse(parser, files, *flags)).max_lora_rank == 16
+    [told] = [line for line in logged if "--max-lora-rank" in line]
+    assert "of rank 8, lie in buffers of rank 16: --max-lora-rank 8 makes" in told
+    logged.clear()
+    assert engine_args(parse(parser, files, *flags, "--max-lora-rank=8")).max_lora_rank == 8
+    assert not [line for line in logged if "--max-lora-rank" in line]
+
+
 def test_settings_may_be_applied_twice(parser, files):
     args = parse(parser, files, "--lora-compression=jd", f"--lora-collection={files['collection']}", "--max-loras=3")
     apply_flags(args)

@@ -61,11 +61,20 @@ def apply_to_engine_args(engine_args: Any, *, names_follow: bool = False) -> Non
     _refuse_8_bits_where_there_are_none(collection, options.base_bits)
     _warn_of_another_base_model(collection, engine_args.model)
     plain_slots = options.plain_slots or engine_args.max_loras
-    rank = buffer_rank(max([manifest.rank, engine_args.max_lora_rank, *(p.rank for p in manifest.plain)]))
+    needed = buffer_rank(max([manifest.rank, *(p.rank for p in manifest.plain)]))
+    rank = max(needed, buffer_rank(engine_args.max_lora_rank))
     numbers = rank if manifest.method == "diag" else rank**2
     scaling_bytes = len(manifest.slices) * numbers * torch.finfo(torch.float32).bits // 8
     if first_time:
         _log(collection)
+        if needed < rank:
+            logger.info(
+                "the bases, of rank %d, lie in buffers of rank %d: --max-lora-rank %d makes them smaller and faster, "
+                "unless adapters of a higher rank will be loaded",
+                manifest.rank,
+                rank,
+                needed,
+            )
     options = dataclasses.replace(
         options,
         collection=absolute(options.collection),
