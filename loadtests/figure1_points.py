@@ -78,7 +78,7 @@ SERIES = (
     Series("e", "uncompressed here, slots of equal memory", "plain", "equal"),
     Series("f", "compressed", "compressed", bases=BASES),
     Series("f8", "compressed, bases in int8", "compressed", counts=FEW, quantize="int8", bases=BASES),
-    Series("f-rank16", "compressed, twice the rank in half the clusters", "compressed", counts=EVERY_OTHER),
+    Series("f-rank16", "compressed, rank 16, half the clusters", "compressed", counts=EVERY_OTHER),
 )
 SHORT_SERIES = ("c", "f")
 

@@ -14,6 +14,7 @@ from figure1_report import LEAST_OF_BASE, LEAST_OF_STOCK, Points, ratio_between
 from figure1_results import Measured, last_results
 
 from vllm_jdlora.evaluation.plot_style import (
+    BLACK,
     BLUE,
     GREEN,
     GREY,
@@ -35,7 +36,7 @@ _LOOK = {
     "e": (GREEN, "v"),
     "f": (BLUE, "o"),
     "f8": (SKY, "P"),
-    "f-rank16": (BLUE, "+"),
+    "f-rank16": (BLACK, "+"),
 }
 _RATIOS = {("f", "c"): (BLUE, "o"), ("f", "d"): (ORANGE, "^"), ("e", "c"): (GREEN, "v"), ("f", "e"): (GREY, "D")}
 """All of the gain over stock vLLM of equal and of more memory; what the kernels do alone, what compression adds."""
@@ -74,7 +75,7 @@ def plot(points: Points, file: Path = PICTURE) -> Path:
             axis.title.set_fontsize(10)
         # The series look the same in three panels: one legend below all, where it hides no point.
         known = rate.get_legend_handles_labels()
-        rate.figure.legend(*known, loc="outside lower center", ncols=4, fontsize=7)
+        rate.figure.legend(*known, loc="outside lower center", ncols=3, fontsize=7)
         of_base.legend(handles=[goal], fontsize=7)
         of_stock.legend(fontsize=7)
     return file
